@@ -1,0 +1,142 @@
+"""Hit, miss or bypass: decides what serves a file that is opened.
+
+Invariants:
+- Each successful open is counted once, as one of the three.
+- Between deciding that a file is neither resident nor on its way, and starting its fetch, nothing is awaited.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from cachefs.cache.capacity import CapacityKeeper
+from cachefs.cache.fetches import Fetch, Fetches
+from cachefs.cache.files import OpenFile, ScratchReader
+from cachefs.cache.residency import Residency, Resident
+from cachefs.cache.storage import Storage
+from cachefs.errors import SourceError, StorageError
+from cachefs.metrics import Metrics
+from cachefs.source.attributes import size_of, version_of
+from cachefs.source.client import Source
+
+log = logging.getLogger(__name__)
+
+_OPEN_PATIENCE = 0.1
+"""Seconds for which an open waits for the source's first word, so that errors and changes of the source come from
+open(2), where programs expect them, and not from read(2). The copy itself it does not wait for."""
+
+
+class Cache:
+    """The cache of one mount: opens files of the source through scratch."""
+
+    def __init__(
+        self,
+        source: Source,
+        storage: Storage,
+        residency: Residency,
+        capacity: CapacityKeeper,
+        fetches: Fetches,
+        scratch_reader: ScratchReader,
+        metrics: Metrics,
+    ) -> None:
+        self._source = source
+        self._storage = storage
+        self._residency = residency
+        self._capacity = capacity
+        self._fetches = fetches
+        self._scratch_reader = scratch_reader
+        self._metrics = metrics
+
+    async def open(self, path: bytes, attributes: bytes) -> OpenFile:
+        """Open the regular file `path` in the version of its packed `attributes`.
+
+        Raises SourceError; SourceChangedError if the source has another version by now.
+        """
+        version = version_of(attributes)
+        name = self._residency.name_of(path, version)
+        fd = self._open_resident(name, path, version)
+        if fd is not None:
+            self._metrics.hits += 1
+            return self._file(name, path, version, fd=fd)
+        fetch = self._fetches.get(name)
+        if fetch is None:
+            await self._residency.loaded.wait()
+            fetch = await self._start_fetch(name, path, version)
+        if fetch is not None:
+            with trio.move_on_after(_OPEN_PATIENCE):
+                while not (fetch.is_open or fetch.is_over):
+                    await fetch.progress()
+            if isinstance(fetch.error, SourceError):
+                raise fetch.error
+            if fetch.error is None:
+                self._metrics.misses += 1
+                return self._file(name, path, version, fetch=fetch)
+        await self._source.check(path, version)
+        self._metrics.bypasses += 1
+        return self._file(name, path, version)
+
+    def count_open(self, file: OpenFile) -> None:
+        """Count one more open of a file that is open already."""
+        kind = file.kind
+        if kind == "hit":
+            self._metrics.hits += 1
+        elif kind == "miss":
+            self._metrics.misses += 1
+        else:
+            self._metrics.bypasses += 1
+
+    def _open_resident(self, name: bytes, path: bytes, version: bytes) -> int | None:
+        known = self._residency.get(name)
+        try:
+            fd = self._storage.open(name)
+        except StorageError as error:
+            log.warning("scratch failed path=%r copy=%s error=%r", path, name.hex(), error.strerror)
+            return None
+        if fd is not None:
+            if known is None or known.boot != self._storage.boot:  # another mount fetched it
+                self._residency.add(name, path, version, b"")
+            self._residency.touch(name)
+        elif known is not None and known.boot == self._storage.boot:  # another mount evicted it
+            self._residency.discard(name)
+        return fd
+
+    async def _start_fetch(self, name: bytes, path: bytes, version: bytes) -> Fetch | None:
+        """The fetch of a file that is not resident, a new one or somebody else's; None if there is no room."""
+        earlier = self._earlier(name)
+        if earlier is None and not await self._reserve(size_of(version)):
+            return None
+        fetch = self._fetches.get(name)
+        if fetch is None:
+            return self._fetches.start(name, path, version, earlier)
+        if earlier is None:
+            self._capacity.release(size_of(version))
+        return fetch
+
+    async def _reserve(self, size: int) -> bool:
+        try:
+            return await self._capacity.reserve(size)
+        except OSError as error:
+            log.warning("no room could be made error=%r", error.strerror)
+            return False
+
+    def _earlier(self, name: bytes) -> Resident | None:
+        """A copy from before the machine's last boot, which a fetch checks before it is believed."""
+        known = self._residency.get(name)
+        return known if known is not None and known.boot != self._storage.boot else None
+
+    def _file(
+        self, name: bytes, path: bytes, version: bytes, fd: int | None = None, fetch: Fetch | None = None
+    ) -> OpenFile:
+        return OpenFile(
+            name,
+            path,
+            version,
+            storage=self._storage,
+            scratch_reader=self._scratch_reader,
+            source_read=self._source.read,
+            metrics=self._metrics,
+            fd=fd,
+            fetch=fetch,
+        )

@@ -1,0 +1,165 @@
+"""Room in scratch: reservations, and evictions to make them possible.
+
+Invariants:
+- Nothing is written that was not reserved before; see the ledger for what a reservation guarantees.
+- What goes first: copies of superseded versions; then files of datasets that no live mount uses; then, under `lru`
+  alone, this dataset's least recently used. Files of other live datasets, and files that are open, stay.
+- The file system keeps RESERVED_SHARE of its space free, whatever the capacity says.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection
+
+import trio
+
+from cachefs.cache.ledger import Ledger
+from cachefs.cache.residency import Residency
+from cachefs.cache.storage import Storage
+from cachefs.config import RESERVED_SHARE
+from cachefs.metrics import Metrics
+from cachefs.workers.pool import WorkerPool
+
+log = logging.getLogger(__name__)
+
+_BATCH_SHARE = 0.01
+_BATCH_BYTES = 64 * 1024 * 1024
+"""Evicting makes room for up to this much more (or 1% of the capacity), so that not every fetch has to evict."""
+_BATCH_FILES = 200
+_ASK_AGAIN_SECONDS = 10.0
+_SUSPEND_SECONDS = 10.0
+
+
+class CapacityKeeper:
+    """Grants room in scratch to one mount, up to `size` bytes for all mounts together."""
+
+    def __init__(
+        self,
+        size: int,
+        policy: str,
+        ledger: Ledger,
+        storage: Storage,
+        residency: Residency,
+        *,
+        copies: WorkerPool,
+        index: WorkerPool,
+        live_datasets: Callable[[], Collection[bytes]],
+        metrics: Metrics,
+    ) -> None:
+        self.size = size
+        self._ledger = ledger
+        self._policy = policy
+        self._storage = storage
+        self._residency = residency
+        self._copies = copies
+        self._index = index
+        self._live_datasets = live_datasets
+        self._metrics = metrics
+        self._evicting = trio.Lock()
+        self._nothing_unused_until = -math.inf
+        self._suspended_until = -math.inf
+
+    async def reserve(self, size: int) -> bool:
+        """Reserve `size` bytes, evicting if that helps. False if there is no room: serve from the source."""
+        if size > self.size or trio.current_time() < self._suspended_until:
+            return False
+        if self._try(size):
+            return True
+        async with self._evicting:
+            while not self._try(size):
+                extra = min(int(self.size * _BATCH_SHARE), _BATCH_BYTES)
+                if not await self._evict(size + extra):
+                    return False
+        return True
+
+    def settle(self, size: int) -> None:
+        """What was reserved is stored now."""
+        self._ledger.settle(size)
+
+    def release(self, size: int) -> None:
+        """What was reserved was not stored."""
+        self._ledger.release(size)
+
+    def lose(self, size: int) -> None:
+        """A stored file is gone."""
+        self._ledger.remove(size)
+
+    def suspend(self) -> None:
+        """Scratch has failed: grant nothing for a while, so that files are not read twice in vain."""
+        self._suspended_until = trio.current_time() + _SUSPEND_SECONDS
+
+    def _try(self, size: int) -> bool:
+        available, total = self._storage.space()
+        if available - self._ledger.reserved() - size < RESERVED_SHARE * total:
+            return False
+        return self._ledger.reserve(size, self.size)
+
+    async def _evict(self, size: int) -> bool:
+        """Evict up to `size` bytes, or whatever can be. False if nothing could be."""
+        superseded = self._residency.take_superseded()
+        if superseded:
+            freed, kept = await self._remove(superseded)
+            self._residency.put_back_superseded(kept)
+            if freed:
+                return True
+        if await self._evict_unused(size):
+            return True
+        if self._policy == "lru":
+            return await self._evict_oldest(size)
+        return False
+
+    async def _evict_unused(self, size: int) -> bool:
+        """Evict files of datasets that no live mount uses."""
+        if trio.current_time() < self._nothing_unused_until:
+            return False
+        after, freed = -1, 0
+        while freed < size:
+            rows = await self._index.run(("unused", list(self._live_datasets()), after), what="index")
+            if not rows:
+                # asking the index at every open of a full cache would cost more than it could give
+                self._nothing_unused_until = trio.current_time() + _ASK_AGAIN_SECONDS
+                break
+            chosen: list[tuple[bytes, str, int]] = []
+            wanted = size - freed
+            for name, boot, length, used in rows:
+                if wanted <= 0 or len(chosen) == _BATCH_FILES:
+                    break
+                chosen.append((name, boot, length))
+                wanted -= length
+                after = used
+            got, _ = await self._remove(chosen)
+            freed += got
+        return freed > 0
+
+    async def _evict_oldest(self, size: int) -> bool:
+        """Evict this dataset's least recently used files."""
+        chosen: list[tuple[bytes, str, int]] = []
+        for file in self._residency.oldest():
+            if size <= 0 or len(chosen) == _BATCH_FILES:
+                break
+            chosen.append((file.name, file.boot, file.size))
+            size -= file.size
+        freed, kept = await self._remove(chosen)
+        for name, _, _ in kept:
+            self._residency.touch(name)  # open: not the oldest any more
+        return freed > 0
+
+    async def _remove(self, files: list[tuple[bytes, str, int]]) -> tuple[int, list[tuple[bytes, str, int]]]:
+        """Remove `files`, each (name, boot, size): the bytes freed, and the files that are open and stay."""
+        if not files:
+            return 0, []
+        job = ("remove", [(name, boot) for name, boot, _ in files])
+        freed, kept = 0, []
+        for file, answer in zip(files, await self._copies.run(job, what="evict"), strict=True):
+            if answer < 0:
+                kept.append(file)
+                continue
+            self._residency.discard(file[0])
+            if answer or not file[2]:
+                freed += answer
+                self._ledger.remove(answer)
+                self._metrics.evictions += 1
+        log.debug("evicted files=%d bytes=%d in_use=%d", len(files) - len(kept), freed, len(kept))
+        return freed, kept

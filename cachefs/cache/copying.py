@@ -1,0 +1,264 @@
+"""The jobs that a worker process does on scratch: copy a file from the source, check an earlier copy, remove files.
+
+Invariants:
+- The version of the source file is checked after each chunk is read and before it is written. So what lies below the
+  frontier is of one version, and so is the complete file.
+- A staged file becomes a complete one by rename, after everything else.
+- A chunk is read by a second thread while the one before it is checked, written and summed: the source never waits
+  for scratch. For one small file a thread costs more than it gives; such a file is one chunk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+
+import xxhash
+
+from cachefs.cache.storage import Storage
+from cachefs.errors import SourceChangedError, StorageError
+from cachefs.source.attributes import is_same_content, pack_stat, size_of
+from cachefs.source.handlers import open_version, source_errors
+from cachefs.source.tree import SourceTree
+from cachefs.workers.protocol import Handler
+
+SMALL_FILE_BYTES = 256 * 1024
+"""Up to this size a file is one chunk."""
+_FIRST_CHUNK_BYTES = 512 * 1024
+_LARGEST_CHUNK_BYTES = 4 * 1024 * 1024
+_CHUNK_SECONDS = 0.1  # chunks grow while they take less than this, so that a slow source still shows progress
+_CHUNKS_AHEAD = 2
+_PROGRESS_SECONDS = 0.002
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05  # seconds between looks at a copy that another mount makes
+
+COPIED, FOUND, REVIVED = "copied", "found", "revived"
+"""How a fetch ended: copied from the source; another mount had it; an earlier boot's copy proved whole."""
+
+FetchResult = tuple[str, bytes, int]
+"""(COPIED, FOUND or REVIVED; checksum, or b"" where it was found; bytes read from the source)."""
+
+
+@contextmanager
+def storage_errors(name: bytes) -> Iterator[None]:
+    """Turn an OSError of a call on scratch into a StorageError."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(error.errno or errno.EIO, error.strerror or str(error), name.hex()) from error
+
+
+def checksum_of(fd: int) -> bytes:
+    """XXH3-64 of a whole file, 8 bytes."""
+    digest = xxhash.xxh3_64()
+    offset = 0
+    while chunk := os.pread(fd, _LARGEST_CHUNK_BYTES, offset):
+        digest.update(chunk)
+        offset += len(chunk)
+    return digest.digest()
+
+
+class CopyHandlers:
+    """The handlers of one worker process."""
+
+    def __init__(self, tree: SourceTree, storage: Storage) -> None:
+        self._tree = tree
+        self._storage = storage
+
+    def table(self) -> Mapping[str, Handler]:
+        return {"fetch": self._fetch, "remove": self._remove}
+
+    def _fetch(
+        self, name: bytes, path: bytes, version: bytes, earlier_boot: str, earlier_checksum: bytes
+    ) -> Generator[int, None, FetchResult]:
+        """Bring `path` of `version` into scratch as `name`; yield the frontier (0 once the source file is open)."""
+        pause = _FIRST_PAUSE
+        while (staged := self._storage.stage(name)) is None:
+            yield self._storage.frontier(name)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE)
+        try:
+            if self._storage.has(name):
+                self._storage.discard_held(name)
+                return FOUND, b"", 0
+            if earlier_boot and self._revive(name, earlier_boot, earlier_checksum):
+                self._storage.discard_held(name)
+                return REVIVED, earlier_checksum, 0
+            try:
+                checksum = yield from self._copy(staged, name, path, version)
+                self._storage.commit(name)
+            except BaseException:
+                self._storage.discard_held(name)
+                raise
+            return COPIED, checksum, size_of(version)
+        finally:
+            os.close(staged)
+
+    def _revive(self, name: bytes, boot: str, checksum: bytes) -> bool:
+        """Take over a copy from before the last boot if its content is what was written; drop it if not."""
+        fd = self._storage.open_earlier(name, boot)
+        if fd is None:
+            raise StorageError(errno.ENOENT, "the earlier copy is gone", name.hex())
+        try:
+            with storage_errors(name):
+                whole = checksum_of(fd) == checksum
+        finally:
+            os.close(fd)
+        if whole:
+            self._storage.adopt(name, boot)
+        else:
+            self._storage.remove(name, boot)
+        return whole
+
+    def _copy(self, staged: int, name: bytes, path: bytes, version: bytes) -> Generator[int, None, bytes]:
+        with source_errors(path):
+            source, before = open_version(self._tree, path, version)
+        try:
+            size = size_of(version)
+            if size <= SMALL_FILE_BYTES:
+                return self._copy_small(source, before, staged, name, path, size)
+            return (yield from self._copy_large(source, before, staged, name, path, size))
+        finally:
+            os.close(source)
+
+    def _copy_small(self, source: int, before: bytes, staged: int, name: bytes, path: bytes, size: int) -> bytes:
+        with source_errors(path):
+            data = _read_exactly(source, 0, size)
+            self._check_unchanged(source, before, path, len(data) == size)
+        with storage_errors(name):
+            _write_all(staged, data, 0)
+        return xxhash.xxh3_64_digest(data)
+
+    def _copy_large(
+        self, source: int, before: bytes, staged: int, name: bytes, path: bytes, size: int
+    ) -> Generator[int, None, bytes]:
+        yield 0
+        digest = xxhash.xxh3_64()
+        frontier = 0
+        said_at = time.monotonic()
+        with _Reader(source, size) as chunks:
+            for chunk, length in chunks:
+                with source_errors(path):
+                    if isinstance(chunk, OSError):
+                        raise chunk
+                    self._check_unchanged(source, before, path, chunk is None or len(chunk) == length)
+                with storage_errors(name):
+                    if chunk is None:
+                        os.ftruncate(staged, frontier + length)
+                        for start in range(0, length, len(_ZEROS)):
+                            digest.update(_ZEROS[: min(len(_ZEROS), length - start)])
+                    else:
+                        _write_all(staged, chunk, frontier)
+                        digest.update(chunk)
+                frontier += length
+                if time.monotonic() - said_at > _PROGRESS_SECONDS:
+                    yield frontier
+                    said_at = time.monotonic()
+        return digest.digest()
+
+    @staticmethod
+    def _check_unchanged(source: int, before: bytes, path: bytes, is_complete: bool) -> None:
+        if not (is_complete and is_same_content(before, pack_stat(os.fstat(source)))):
+            raise SourceChangedError(path)
+
+    def _remove(self, files: list[tuple[bytes, str]]) -> Generator[int, None, list[int]]:
+        """Remove complete files, each (name, boot); what Storage.remove says of each."""
+        yield from ()
+        return [self._storage.remove(name, boot) for name, boot in files]
+
+
+_ZEROS = bytes(1024 * 1024)
+
+
+def _read_exactly(fd: int, offset: int, size: int) -> bytes:
+    """`size` bytes, or fewer where the file ends."""
+    data = os.pread(fd, size, offset)
+    if len(data) == size or not data:
+        return data
+    parts = [data]
+    got = len(data)
+    while got < size and (data := os.pread(fd, size - got, offset + got)):
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    written = os.pwrite(fd, data, offset)
+    while written < len(data):
+        written += os.pwrite(fd, memoryview(data)[written:], offset + written)
+
+
+class _Reader:
+    """Reads a large file ahead in a thread. Iterating gives (bytes, length), or (None, length) for a hole."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd = fd
+        self._size = size
+        self._chunks: queue.Queue[tuple[bytes | OSError | None, int] | None] = queue.Queue(_CHUNKS_AHEAD)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._read_all, name="source reader")
+
+    def __enter__(self) -> Iterator[tuple[bytes | OSError | None, int]]:
+        self._thread.start()
+        return iter(self._chunks.get, None)
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        while self._thread.is_alive():
+            try:
+                self._chunks.get(timeout=0.01)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def _read_all(self) -> None:
+        try:
+            for start, end, is_hole in _extents(self._fd, self._size):
+                offset, length = start, _FIRST_CHUNK_BYTES
+                while offset < end and not self._stopped:
+                    if is_hole:
+                        self._chunks.put((None, end - offset))
+                        break
+                    length = min(length, end - offset)
+                    # asks for more at once than the kernel's own read-ahead does (128 KiB): what keeps a source
+                    # with latency busy; then drops the pages, which the staged copy has as well
+                    os.posix_fadvise(self._fd, offset, 2 * length, os.POSIX_FADV_WILLNEED)
+                    began = time.monotonic()
+                    data = _read_exactly(self._fd, offset, length)
+                    self._chunks.put((data, length))
+                    os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+                    offset += length
+                    if time.monotonic() - began < _CHUNK_SECONDS:
+                        length = min(2 * length, _LARGEST_CHUNK_BYTES)
+        except OSError as error:
+            self._chunks.put((error, 0))
+        self._chunks.put(None)
+
+
+def _extents(fd: int, size: int) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, is it a hole) over a whole file; one extent where the source cannot tell."""
+    offset = 0
+    while offset < size:
+        try:
+            data = min(os.lseek(fd, offset, os.SEEK_DATA), size)
+        except OSError as error:
+            data = size if error.errno == errno.ENXIO else offset
+        if data > offset:
+            yield offset, data, True
+        if data >= size:
+            return
+        try:
+            hole = min(os.lseek(fd, data, os.SEEK_HOLE), size)
+        except OSError:
+            hole = size
+        if hole <= data:
+            hole = size
+        yield data, hole, False
+        offset = hole

@@ -1,0 +1,148 @@
+"""Fetches on their way: one for a file at most, in this process by a table, across processes by the staged file's lock.
+
+Invariants:
+- A fetch runs to its end whoever waits for it or stops waiting; only the end of the mount cancels it.
+- When a fetch ends its reservation is settled or released, exactly once.
+- Fetches of large files may take half of the workers at the most, so that small files always find one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import trio
+
+from cachefs.cache.capacity import CapacityKeeper
+from cachefs.cache.copying import COPIED
+from cachefs.cache.residency import Residency, Resident
+from cachefs.cache.storage import Storage
+from cachefs.errors import SourceError, StorageError, describe
+from cachefs.metrics import Metrics
+from cachefs.source.attributes import size_of
+from cachefs.workers.pool import WorkerPool
+
+log = logging.getLogger(__name__)
+
+LARGE_FILE_BYTES = 32 * 1024 * 1024
+
+
+class Fetch:
+    """One file's way into scratch. `frontier` counts the bytes that are there; `error` says why it failed."""
+
+    def __init__(self, name: bytes, path: bytes, version: bytes) -> None:
+        self.name = name
+        self.path = path
+        self.version = version
+        self.size = size_of(version)
+        self.started = time.monotonic()
+        self.frontier = 0
+        self.is_open = False
+        self.is_over = False
+        self.error: OSError | None = None
+        self._watchers = trio.lowlevel.ParkingLot()
+
+    async def progress(self) -> None:
+        """Wait until something changes."""
+        await self._watchers.park()
+
+    def advance(self, frontier: int) -> None:
+        self.is_open = True
+        self.frontier = max(frontier, self.frontier)
+        self._watchers.unpark_all()
+
+    def finish(self, error: OSError | None) -> None:
+        self.is_over = True
+        self.error = error
+        if error is None:
+            self.frontier = self.size
+        self._watchers.unpark_all()
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second so far."""
+        return self.frontier / max(time.monotonic() - self.started, 1e-3)
+
+
+class Fetches:
+    """The fetches of one mount. Each runs as a task of `nursery`, its copying in a worker of `pool`."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        pool: WorkerPool,
+        storage: Storage,
+        residency: Residency,
+        capacity: CapacityKeeper,
+        metrics: Metrics,
+        source_timeout: float,
+    ) -> None:
+        self._nursery = nursery
+        self._pool = pool
+        self._storage = storage
+        self._residency = residency
+        self._capacity = capacity
+        self._metrics = metrics
+        self._timeout = source_timeout
+        self._running: dict[bytes, Fetch] = {}
+        self._large = trio.CapacityLimiter(max(1, pool.size // 2))
+
+    def get(self, name: bytes) -> Fetch | None:
+        return self._running.get(name)
+
+    def start(self, name: bytes, path: bytes, version: bytes, earlier: Resident | None) -> Fetch:
+        """Begin a fetch. The caller has reserved its size, unless an `earlier` boot's copy, counted as stored, has
+        its place: it is taken over if it proves whole, and makes room for a new copy if not."""
+        fetch = self._running[name] = Fetch(name, path, version)
+        self._nursery.start_soon(self._run, fetch, earlier)
+        return fetch
+
+    async def _run(self, fetch: Fetch, earlier: Resident | None) -> None:
+        try:
+            if fetch.size >= LARGE_FILE_BYTES:
+                async with self._large:
+                    await self._copy(fetch, earlier)
+            else:
+                await self._copy(fetch, earlier)
+        finally:
+            del self._running[fetch.name]
+            if not fetch.is_over:  # cancelled, or a bug of ours: whoever waits goes to the source
+                fetch.finish(StorageError(0, "the fetch was given up"))
+
+    async def _copy(self, fetch: Fetch, earlier: Resident | None) -> None:
+        job = (
+            "fetch",
+            fetch.name,
+            fetch.path,
+            fetch.version,
+            earlier.boot if earlier else "",
+            earlier.checksum if earlier else b"",
+        )
+        reserved = 0 if earlier else fetch.size
+        try:
+            how, checksum, copied = await self._pool.run(
+                job, what=f"fetch {fetch.path!r}", timeout=self._timeout, on_progress=fetch.advance
+            )
+            self._metrics.source_bytes_read += copied
+            if how == COPIED:
+                self._metrics.fetches += 1
+                if reserved:
+                    self._capacity.settle(fetch.size)
+                    reserved = 0
+            self._residency.add(fetch.name, fetch.path, fetch.version, checksum)
+            fetch.finish(None)
+        except OSError as error:
+            self._metrics.fetch_errors += 1
+            self._metrics.source_bytes_read += fetch.frontier
+            self._storage.discard_staged(fetch.name)
+            if earlier and not self._storage.has(fetch.name, earlier.boot):
+                self._residency.discard(fetch.name)
+                self._capacity.lose(fetch.size)
+            if isinstance(error, StorageError):
+                self._capacity.suspend()
+            level = logging.INFO if isinstance(error, SourceError) else logging.WARNING
+            log.log(level, "fetch failed path=%r error=%r", fetch.path, describe(error))
+            fetch.finish(error)
+        finally:
+            if reserved:
+                self._capacity.release(reserved)

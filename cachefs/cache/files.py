@@ -1,0 +1,194 @@
+"""Open files: what answers the reads of one version of one file, for all handles that are open on it.
+
+Invariants:
+- Every byte given is of the version with which the file was opened, or the read fails (ESTALE).
+- A file that scratch cannot serve (any more) is served by the source; a reader never sees an error of scratch.
+- A file never gets shorter or longer while it is open: its size is part of its version.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from cachefs.cache.fetches import Fetch
+from cachefs.cache.read_ahead import ReadAhead
+from cachefs.cache.storage import Storage
+from cachefs.errors import SourceError, StorageError
+from cachefs.metrics import Metrics
+from cachefs.source.attributes import size_of
+
+log = logging.getLogger(__name__)
+
+_NEAR_BYTES = 2 * 1024 * 1024
+_NEAR_SECONDS = 0.05
+"""A read that starts less than this beyond the frontier waits for it; one further on goes to the source."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+class ScratchReader:
+    """Reads files of scratch: from the page cache at once, from the disk in a thread.
+
+    Trying the page cache first costs some 10 us; a thread costs 170-340 us (design.md section 6). The threads have a
+    limit of their own, so that a slow disk never holds up anything else.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._limiter = trio.CapacityLimiter(threads)
+        self._is_nowait_known = True
+
+    async def read(self, fd: int, offset: int, size: int) -> memoryview:
+        """Up to `size` bytes; fewer only at the end of the file. Raises OSError."""
+        view = memoryview(bytearray(size))
+        got = 0
+        if self._is_nowait_known:
+            try:
+                got = os.preadv(fd, [view], offset, os.RWF_NOWAIT)
+                if got == size:
+                    return view
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                self._is_nowait_known = False
+        more = await trio.to_thread.run_sync(_read_rest, fd, view, got, offset, limiter=self._limiter)
+        return view[: got + more]
+
+
+def _read_rest(fd: int, view: memoryview, got: int, offset: int) -> int:
+    start = got
+    while got < len(view) and (more := os.preadv(fd, [view[got:]], offset + got)):
+        got += more
+    return got - start
+
+
+class OpenFile:
+    """One version of one file while somebody has it open; shared by all its handles.
+
+    It is served from a complete copy (`fd`), from a fetch on its way (`fetch`), or by the source (neither).
+    """
+
+    def __init__(
+        self,
+        name: bytes,
+        path: bytes,
+        version: bytes,
+        *,
+        storage: Storage,
+        scratch_reader: ScratchReader,
+        source_read: Callable[[bytes, bytes, int, int], Awaitable[bytes]],
+        metrics: Metrics,
+        fd: int | None = None,
+        fetch: Fetch | None = None,
+    ) -> None:
+        self.path = path
+        self.size = size_of(version)
+        self._name = name
+        self._version = version
+        self._storage = storage
+        self._scratch_reader = scratch_reader
+        self._source_read = source_read
+        self._metrics = metrics
+        self._fd = fd
+        self._fetch = fetch
+        self._read_ahead: ReadAhead | None = None
+
+    async def read(self, offset: int, size: int) -> Buffer:
+        """The bytes from `offset`, `size` of them or up to the end. Raises SourceError."""
+        size = min(size, self.size - offset)
+        if size <= 0:
+            return b""
+        data = await self._read(offset, size)
+        self._metrics.bytes_served += len(data)
+        return data
+
+    @property
+    def kind(self) -> str:
+        """What serves it now: "hit", "miss" or "bypass"."""
+        if self._fetch is not None and not self._fetch.is_over:
+            return "miss"
+        return "bypass" if self._fetch is None and self._fd is None else "hit"
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    async def _read(self, offset: int, size: int) -> Buffer:
+        if self._fetch is not None and not await self._has_come(self._fetch, offset, offset + size):
+            return await self._read_source(offset, size)
+        if self._fd is not None:
+            data = await self._read_scratch(self._fd, offset, size)
+            if data is not None:
+                return data
+        return await self._read_source(offset, size)
+
+    async def _has_come(self, fetch: Fetch, start: int, end: int) -> bool:
+        """Wait until the fetch has passed `end`. False if the source should serve: it is far ahead, or scratch failed.
+
+        Raises SourceError where the fetch failed for it.
+        """
+        while fetch.frontier < end and not fetch.is_over:
+            if start > fetch.frontier + max(_NEAR_BYTES, fetch.rate * _NEAR_SECONDS):
+                return False
+            await fetch.progress()
+        if not fetch.is_over:
+            if self._fd is None:
+                self._fd = self._open_copy(staged=True)
+            return self._fd is not None
+        self._leave(fetch)
+        if isinstance(fetch.error, SourceError):
+            raise fetch.error
+        return fetch.error is None
+
+    def _leave(self, fetch: Fetch) -> None:
+        """The fetch has ended: from now on the copy serves, or the source where there is none."""
+        if self._fetch is None:
+            return
+        self._fetch = None
+        if fetch.error is not None:
+            self.close()
+        elif self._fd is None:
+            self._fd = self._open_copy(staged=False)
+        else:
+            self._storage.share(self._fd)
+
+    def _open_copy(self, *, staged: bool) -> int | None:
+        """The staged copy, which may have become the complete one by now; None if scratch failed or evicted it."""
+        try:
+            fd = self._storage.open_staged(self._name) if staged else None
+            return self._storage.open(self._name) if fd is None else fd
+        except StorageError as error:
+            log.warning("scratch failed path=%r error=%r", self.path, error.strerror)
+            return None
+
+    async def _read_scratch(self, fd: int, offset: int, size: int) -> Buffer | None:
+        """The bytes, or None where scratch has failed."""
+        try:
+            data = await self._scratch_reader.read(fd, offset, size)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        else:
+            if len(data) == size:
+                return data
+            reason = f"{len(data)} bytes at {offset} instead of {size}"
+        log.warning("scratch failed path=%r copy=%s error=%r", self.path, self._name.hex(), reason)
+        return None
+
+    async def _read_source(self, offset: int, size: int) -> Buffer:
+        if self._read_ahead is None:
+            self._read_ahead = ReadAhead(self._count_source_read, self.size)
+        return await self._read_ahead.read(offset, size)
+
+    async def _count_source_read(self, offset: int, size: int) -> bytes:
+        data = await self._source_read(self.path, self._version, offset, size)
+        self._metrics.source_bytes_read += len(data)
+        if len(data) != size:
+            raise SourceError(errno.EIO, f"the source gave {len(data)} bytes instead of {size}", self.path)
+        return data

@@ -1,0 +1,224 @@
+"""Residency in SQLite: which complete files are in scratch, of which version, with which checksum.
+
+It is opened by one worker process of each mount (WAL: many mounts may share it), never by the event loop. The file
+system under files/ says whether a copy is there; the index says what it should contain, whose it is and when it was
+last used. So a lost or locked index costs time, never a wrong byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlite_utils
+from sqlite_utils.migrations import Migrations
+
+from cachefs.cache.storage import Storage
+from cachefs.errors import StorageError
+from cachefs.workers.protocol import Handler
+
+BUSY_SECONDS = 60.0
+"""How long to wait for another mount's transaction."""
+_ROWS_A_MESSAGE = 1000
+_VICTIMS_A_MESSAGE = 500
+
+FileRow = tuple[bytes, int, bytes, str, bytes, int]
+"""What is recorded of a file: (name, size in bytes, checksum, boot, path, last use in ns since the epoch)."""
+
+migrations = Migrations("cachefs")
+
+
+@migrations()
+def create_tables(db: sqlite_utils.Database) -> None:
+    db["datasets"].create(  # type: ignore[union-attr]
+        {"id": bytes, "source": bytes, "last_used": int}, pk="id", not_null={"source", "last_used"}
+    )
+    files = db["files"].create(  # type: ignore[union-attr]
+        {
+            "name": bytes,  # key of the path (16 bytes), version (8 bytes)
+            "dataset": bytes,  # of datasets, or NULL for a file that was found and never asked for since
+            "size": int,
+            "checksum": bytes,  # XXH3-64 of the content, or NULL
+            "boot": str,
+            "path": bytes,  # relative to the source
+            "last_used": int,  # ns since the epoch
+        },
+        pk="name",
+        not_null={"size", "boot", "last_used"},
+    )
+    files.create_index(["dataset", "last_used"])
+
+
+class Index:
+    """The open index of a scratch directory."""
+
+    def __init__(self, path: Path) -> None:
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        migrations.apply(sqlite_utils.Database(connection))
+        self._connection = connection
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def use_dataset(self, dataset: bytes, source: bytes) -> None:
+        with self._transaction() as run:
+            run(
+                "INSERT INTO datasets (id, source, last_used) VALUES (?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET last_used = excluded.last_used",
+                (dataset, source, time.time_ns()),
+            )
+
+    def files_of(self, dataset: bytes) -> Iterator[list[tuple[bytes, int, bytes, str]]]:
+        """(name, size, checksum, boot) of a dataset's files, least recently used first, in batches."""
+        rows = self._connection.execute(
+            "SELECT name, size, ifnull(checksum, x''), boot FROM files WHERE dataset = ? ORDER BY last_used",
+            (dataset,),
+        )
+        while batch := rows.fetchmany(_ROWS_A_MESSAGE):
+            yield batch
+
+    def record(self, dataset: bytes, added: Sequence[FileRow], used: Sequence[tuple[int, bytes]]) -> None:
+        """Write what has come since the last time: files that were `added`, and (last use, name) of those `used`."""
+        with self._transaction():
+            self._connection.executemany(
+                "INSERT INTO files (name, size, checksum, boot, path, last_used, dataset) VALUES (?, ?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET dataset = excluded.dataset, boot = excluded.boot,"
+                " path = excluded.path, last_used = excluded.last_used,"
+                " checksum = ifnull(nullif(excluded.checksum, x''), checksum)",
+                [(*row, dataset) for row in added],
+            )
+            self._connection.executemany("UPDATE files SET last_used = ? WHERE name = ?", used)
+
+    def forget(self, names: Sequence[bytes]) -> None:
+        with self._transaction():
+            self._connection.executemany("DELETE FROM files WHERE name = ?", [(name,) for name in names])
+
+    def unused(self, live: Sequence[bytes], after: int, limit: int) -> list[tuple[bytes, str, int, int]]:
+        """(name, boot, size, last use) of files that belong to no `live` dataset, the least recently used first.
+
+        `after` (a last use) continues where the last call ended.
+        """
+        marks = ",".join("?" * len(live))
+        return self._connection.execute(
+            f"SELECT name, boot, size, last_used FROM files WHERE (dataset IS NULL OR dataset NOT IN ({marks}))"
+            " AND last_used > ? ORDER BY last_used LIMIT ?",
+            (*live, after, limit),
+        ).fetchall()
+
+    def reconcile(self, storage: Storage) -> tuple[int, int]:
+        """Make the index agree with what lies in scratch, when no mount uses it; (bytes, files) that are stored.
+
+        A file that the index does not know is kept only if it was written during this boot (it was renamed into
+        place by a mount that died before it could record it, so it is whole); a half-copied one is dropped.
+        """
+        storage.discard_abandoned()
+        known = {
+            (name, boot): size for name, boot, size in self._connection.execute("SELECT name, boot, size FROM files")
+        }
+        found: list[tuple[bytes, int, str, int]] = []
+        total = files = 0
+        for name, boot, size in storage.scan():
+            recorded = known.pop((name, boot), None)
+            if recorded == size or (recorded is None and boot == storage.boot):
+                total, files = total + size, files + 1
+                if recorded is None:
+                    found.append((name, size, boot, time.time_ns()))
+            else:
+                storage.remove(name, boot)
+                if recorded is not None:
+                    known[name, boot] = size
+        with self._transaction():
+            self._connection.executemany("DELETE FROM files WHERE name = ? AND boot = ?", list(known))
+            self._connection.executemany(
+                "INSERT INTO files (name, size, boot, last_used) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET boot = excluded.boot, size = excluded.size",
+                found,
+            )
+        return total, files
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._connection.execute
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+
+class IndexHandlers:
+    """The jobs of the index's worker process. The index is opened with the first of them.
+
+    What SQLite cannot do is a StorageError: the mount goes on without its index.
+    """
+
+    def __init__(self, path: Path, storage: Storage) -> None:
+        self._path = path
+        self._storage = storage
+        self._opened: Index | None = None
+
+    def table(self) -> Mapping[str, Handler]:
+        return {
+            "reconcile": _storage_errors(self._reconcile),
+            "load": _storage_errors(self._load),
+            "record": _storage_errors(self._record),
+            "unused": _storage_errors(self._unused),
+        }
+
+    @property
+    def _index(self) -> Index:
+        if self._opened is None:
+            self._opened = Index(self._path)
+        return self._opened
+
+    def _reconcile(self) -> Generator[Any, None, tuple[int, int]]:
+        """Only while no other mount uses the scratch: a damaged index is made anew from what is on disk."""
+        yield from ()
+        try:
+            return self._index.reconcile(self._storage)
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:
+            self.close()
+            for suffix in ("", "-wal", "-shm"):
+                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+            return self._index.reconcile(self._storage)
+
+    def _load(self, dataset: bytes, source: bytes) -> Generator[Any, None, None]:
+        self._index.use_dataset(dataset, source)
+        yield from self._index.files_of(dataset)
+
+    def _record(
+        self, dataset: bytes, added: list[FileRow], used: list[tuple[int, bytes]], forgotten: list[bytes]
+    ) -> Generator[Any, None, None]:
+        yield from ()
+        if forgotten:
+            self._index.forget(forgotten)
+        self._index.record(dataset, added, used)
+
+    def _unused(self, live: list[bytes], after: int) -> Generator[Any, None, list[tuple[bytes, str, int, int]]]:
+        yield from ()
+        return self._index.unused(live, after, _VICTIMS_A_MESSAGE)
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+
+def _storage_errors(handler: Handler) -> Handler:
+    def wrapped(*arguments: Any) -> Generator[Any, None, Any]:
+        try:
+            return (yield from handler(*arguments))
+        except sqlite3.Error as error:
+            raise StorageError(errno.EIO, str(error), "index.db") from error
+
+    return wrapped

@@ -1,0 +1,145 @@
+"""How much of scratch is taken: one small file that all mounts of a scratch map and change under a lock.
+
+Invariants:
+- stored + reserved bytes never exceed the capacity of the mount that reserves; space is reserved before the first
+  byte is written and becomes stored when the file is complete.
+- A crash at any point leaves a count that is too high, never one that is too low: a dead mount's reservations count
+  as stored until the next mount without company counts afresh.
+- The lock is held for some microseconds, and the kernel releases it when its holder dies. SQLite is not involved,
+  so a locked index does not hold up a reader.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+_HEADER = struct.Struct("<8sqq36sB")  # magic, stored bytes, stored files, boot id of the last clean end, clean?
+_MAGIC = b"cfsledg1"
+_SLOTS_AT = 64
+_SLOT = struct.Struct("<16sq")  # lease id, reserved bytes
+_SLOTS = 64
+_BYTES = _SLOTS_AT + _SLOTS * _SLOT.size
+
+
+class LedgerFullError(Exception):
+    """All slots belong to live mounts."""
+
+
+class Ledger:
+    """One mount's view of the ledger in `scratch_fd`. `lease` is the mount's id (up to 16 ASCII characters)."""
+
+    def __init__(self, scratch_fd: int, lease: str, boot: str) -> None:
+        self._fd = os.open("ledger", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=scratch_fd)
+        self._lease = lease.encode()
+        self._boot = boot.encode()
+        self._slot = -1
+        with self._locked():
+            if os.fstat(self._fd).st_size != _BYTES:
+                os.ftruncate(self._fd, 0)
+                os.ftruncate(self._fd, _BYTES)
+            self._map = mmap.mmap(self._fd, _BYTES)
+            if self._map[: len(_MAGIC)] != _MAGIC:
+                self._map[:] = bytes(_BYTES)
+                _HEADER.pack_into(self._map, 0, _MAGIC, 0, 0, b"", 0)
+
+    def join(self, live: Collection[str]) -> bool:
+        """Take a slot. `live` are the ids of the other live mounts. True if the stored count may be trusted.
+
+        It may not where this mount is alone and the last one before it did not end in order during this boot.
+        """
+        known = {lease.encode() for lease in live}
+        with self._locked():
+            _, stored, files, boot, clean = _HEADER.unpack_from(self._map)
+            trusted = bool(known) or (bool(clean) and boot.rstrip(b"\0") == self._boot)
+            for number, (lease, reserved) in enumerate(self._slots()):
+                if lease and lease not in known:
+                    stored += reserved
+                    self._write_slot(number, b"", 0)
+                    lease = b""
+                if not lease and self._slot < 0:
+                    self._slot = number
+            if self._slot < 0:
+                raise LedgerFullError(f"{_SLOTS} mounts use this scratch already")
+            _HEADER.pack_into(self._map, 0, _MAGIC, stored, files, b"", 0)
+            self._write_slot(self._slot, self._lease, 0)
+        return trusted
+
+    def leave(self, *, clean: bool) -> None:
+        """Give the slot back. `clean` says that no other mount is left and the count is right."""
+        with self._locked():
+            self._write_slot(self._slot, b"", 0)
+            _, stored, files, _, _ = _HEADER.unpack_from(self._map)
+            _HEADER.pack_into(self._map, 0, _MAGIC, stored, files, self._boot if clean else b"", clean)
+        self.close()
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self._fd)
+
+    def set_stored(self, size: int, files: int) -> None:
+        """The count, freshly made."""
+        with self._locked():
+            _HEADER.pack_into(self._map, 0, _MAGIC, size, files, b"", 0)
+
+    def stored(self) -> tuple[int, int]:
+        """(bytes, files) that are complete in scratch."""
+        _, size, files, _, _ = _HEADER.unpack_from(self._map)
+        return size, files
+
+    def reserved(self) -> int:
+        """Bytes reserved by all mounts."""
+        return sum(reserved for _, reserved in self._slots())
+
+    def reserve(self, size: int, capacity: int) -> bool:
+        """Reserve `size` bytes if everything together stays within `capacity`."""
+        with self._locked():
+            stored, _ = self.stored()
+            if stored + self.reserved() + size > capacity:
+                return False
+            self._add_reserved(size)
+        return True
+
+    def release(self, size: int) -> None:
+        """Give a reservation back: nothing of it was kept."""
+        with self._locked():
+            self._add_reserved(-size)
+
+    def settle(self, size: int) -> None:
+        """Turn a reservation into a stored file."""
+        with self._locked():
+            self._add_stored(size, 1)
+            self._add_reserved(-size)
+
+    def remove(self, size: int, files: int = 1) -> None:
+        """Stored files are gone."""
+        with self._locked():
+            self._add_stored(-size, -files)
+
+    def _slots(self) -> Iterator[tuple[bytes, int]]:
+        for lease, reserved in _SLOT.iter_unpack(self._map[_SLOTS_AT:]):
+            yield lease.rstrip(b"\0"), reserved
+
+    def _write_slot(self, number: int, lease: bytes, reserved: int) -> None:
+        _SLOT.pack_into(self._map, _SLOTS_AT + number * _SLOT.size, lease, reserved)
+
+    def _add_reserved(self, size: int) -> None:
+        at = _SLOTS_AT + self._slot * _SLOT.size
+        lease, reserved = _SLOT.unpack_from(self._map, at)
+        _SLOT.pack_into(self._map, at, lease, reserved + size)
+
+    def _add_stored(self, size: int, files: int) -> None:
+        stored, count = self.stored()
+        struct.pack_into("<qq", self._map, len(_MAGIC), stored + size, count + files)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)

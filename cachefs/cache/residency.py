@@ -1,0 +1,156 @@
+"""The in-memory view of a dataset's resident files, and what is to be written to the index behind it.
+
+Invariants:
+- The event loop reads and changes the view alone and never waits for SQLite: changes are written in batches, by the
+  index's worker, some time later.
+- The view may lack a file (another mount fetched it, or the index is still being read) or have one too many (another
+  mount evicted it): Storage.open has the last word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import trio
+
+from cachefs.cache.index import FileRow
+from cachefs.cache.storage import KEY_BYTES
+from cachefs.source.attributes import size_of
+from cachefs.workers.pool import WorkerPool
+
+log = logging.getLogger(__name__)
+
+_RECORD = struct.Struct("<8sq8sH")  # version digest, size, checksum, number of the boot: 64 bytes a file in memory
+FLUSH_SECONDS = 2.0
+_ROWS_A_JOB = 200
+_BYTES_A_JOB = 96 * 1024
+
+
+class Resident(NamedTuple):
+    """A file that the view knows: its name in storage, size, checksum, and the boot during which it was written."""
+
+    name: bytes
+    size: int
+    checksum: bytes
+    boot: str
+
+
+class Residency:
+    """The view of one dataset. `recency` keeps the order of use, which only an evicting policy needs."""
+
+    def __init__(self, dataset: bytes, boot: str, pool: WorkerPool, *, recency: bool) -> None:
+        self.dataset = dataset
+        self.loaded = trio.Event()
+        self._pool = pool
+        self._recency = recency
+        self._boots = [boot]
+        self._files: dict[bytes, bytes] = OrderedDict() if recency else {}
+        self._added: list[FileRow] = []
+        self._used: dict[bytes, int] = {}
+        self._forgotten: list[bytes] = []
+        self._superseded: list[tuple[bytes, str, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name_of(self, path: bytes, version: bytes) -> bytes:
+        """The name in storage of the content that `path` has in `version`."""
+        key = hashlib.blake2b(path, digest_size=KEY_BYTES, key=self.dataset).digest()
+        return key + hashlib.blake2b(version, digest_size=8).digest()
+
+    def get(self, name: bytes) -> Resident | None:
+        """What is known of this very version."""
+        record = self._files.get(name[:KEY_BYTES])
+        if record is None or record[:8] != name[KEY_BYTES:]:
+            return None
+        return self._resident(name, record)
+
+    def touch(self, name: bytes) -> None:
+        """`name` was used now."""
+        if self._recency:
+            self._used[name] = time.time_ns()
+            if name[:KEY_BYTES] in self._files:
+                self._files.move_to_end(name[:KEY_BYTES])  # type: ignore[attr-defined]
+
+    def add(self, name: bytes, path: bytes, version: bytes, checksum: bytes) -> None:
+        """`name` is resident now (written, found or revived during this boot)."""
+        size = size_of(version)
+        self._replace(name, size, checksum, 0)
+        self._added.append((name, size, checksum, self._boots[0], path, time.time_ns()))
+
+    def discard(self, name: bytes) -> None:
+        """`name` is resident no more."""
+        record = self._files.get(name[:KEY_BYTES])
+        if record is not None and record[:8] == name[KEY_BYTES:]:
+            del self._files[name[:KEY_BYTES]]
+        self._forgotten.append(name)
+
+    def take_superseded(self) -> list[tuple[bytes, str, int]]:
+        """(name, boot, size) of copies whose file has a newer version by now: the first to evict."""
+        taken, self._superseded = self._superseded, []
+        return taken
+
+    def put_back_superseded(self, files: list[tuple[bytes, str, int]]) -> None:
+        self._superseded.extend(files)
+
+    def oldest(self) -> Iterator[Resident]:
+        """All files, the least recently used first. Do not change the view meanwhile."""
+        for key, record in self._files.items():
+            yield self._resident(key + record[:8], record)
+
+    async def load(self, source: bytes) -> None:
+        """Read the dataset's files from the index."""
+        await self._pool.run(("load", self.dataset, source), what="index", on_progress=self._load_batch)
+        self.loaded.set()
+
+    async def write_behind(self) -> None:
+        """Write changes to the index, for ever, in batches."""
+        while True:
+            await trio.sleep(FLUSH_SECONDS)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write what is not written yet. What cannot be written is logged and dropped: the file itself is there."""
+        added, self._added = self._added, []
+        used, self._used = list(self._used.items()), {}
+        forgotten, self._forgotten = self._forgotten, []
+        while added or used or forgotten:
+            rows: list[FileRow] = []
+            size = 0
+            while added and len(rows) < _ROWS_A_JOB and size < _BYTES_A_JOB - 5000:
+                rows.append(added.pop())
+                size += len(rows[-1][4]) + 100
+            uses = [(at, name) for name, at in used[:_ROWS_A_JOB]] if not added else []
+            gone = forgotten[:_ROWS_A_JOB]
+            del forgotten[: len(gone)], used[: len(uses)]
+            try:
+                await self._pool.run(("record", self.dataset, rows, uses, gone), what="index")
+            except OSError as error:
+                log.warning("index not written files=%d error=%s", len(rows), error)
+
+    def _load_batch(self, batch: list[tuple[bytes, int, bytes, str]]) -> None:
+        for name, size, checksum, boot in batch:
+            if name[:KEY_BYTES] not in self._files:
+                if boot not in self._boots:
+                    self._boots.append(boot)
+                self._replace(name, size, checksum, self._boots.index(boot))
+            elif self.get(name) is None:
+                self._superseded.append((name, boot, size))
+
+    def _replace(self, name: bytes, size: int, checksum: bytes, boot: int) -> None:
+        key = name[:KEY_BYTES]
+        before = self._files.pop(key, None)
+        if before is not None and before[:8] != name[KEY_BYTES:]:
+            old = self._resident(key + before[:8], before)
+            self._superseded.append((old.name, old.boot, old.size))
+        self._files[key] = _RECORD.pack(name[KEY_BYTES:], size, checksum.ljust(8, b"\0"), boot)
+
+    def _resident(self, name: bytes, record: bytes) -> Resident:
+        _, size, checksum, boot = _RECORD.unpack(record)
+        return Resident(name, size, checksum, self._boots[boot])

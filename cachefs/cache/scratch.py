@@ -1,0 +1,164 @@
+"""The scratch directory: whose it is, how it is marked as ours, and what lies where in it.
+
+    cachefs-scratch      the mark: this directory is ours and may be purged
+    files/BOOT/xx/NAME   complete files, by the boot of the machine during which they were written
+    staging/NAME         files on their way; locked (flock) by the worker that copies
+    index.db             residency (SQLite)
+    ledger               how much is stored and reserved, shared by all mounts
+    leases/ID            one for each live mount, locked by it
+    sockets/ID           its control socket
+    logs/ID.log          its log
+
+Invariants: scratch belongs to its user alone (0700) and is never a symbolic link; it is reached through one
+descriptor from the moment on at which this was checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachefs.errors import CachefsError, describe
+
+MARK = "cachefs-scratch"
+FORMAT = 1
+DIRECTORIES = ("files", "staging", "leases", "sockets", "logs")
+FILES = ("index.db", "index.db-wal", "index.db-shm", "ledger", MARK)
+_CHOOSE = "choose another with --scratch"
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A claimed scratch directory. `fd` is its descriptor; `made` says whether the directory itself is our work,
+    `is_new` whether it was marked just now."""
+
+    path: Path
+    fd: int
+    made: bool
+    is_new: bool = False
+
+    def open_directory(self, name: str) -> int:
+        """A descriptor of one of DIRECTORIES."""
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+
+    def at(self, *names: str) -> Path:
+        """A path below scratch that works however long scratch's own path is (sockets allow 108 bytes)."""
+        return Path(f"/proc/self/fd/{self.fd}", *names)
+
+
+def claim_scratch(path: Path) -> Scratch:
+    """Take `path` as scratch, making and marking it if need be. Raises CachefsError for what is not safely ours."""
+    made = False
+    try:
+        os.mkdir(path, 0o700)
+        made = True
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        raise CachefsError(f"scratch {path} cannot be made: {path.parent} does not exist", _CHOOSE) from None
+    except OSError as error:
+        raise CachefsError(f"scratch {path} cannot be made: {describe(error)}", _CHOOSE) from None
+    fd = _open_own_directory(path)
+    try:
+        with _locked(fd):
+            names = os.listdir(fd)
+            if MARK in names:
+                made = _read_mark(fd, path)
+            elif names:
+                raise CachefsError(
+                    f"scratch {path} holds files that are not of cachefs",
+                    f"choose an empty or a new directory, such as --scratch {path / 'cachefs'}",
+                )
+            else:
+                os.fchmod(fd, 0o700)
+                _write_mark(fd, made)
+            for name in DIRECTORIES:
+                if name not in names:
+                    os.mkdir(name, 0o700, dir_fd=fd)
+    except OSError as error:
+        os.close(fd)
+        raise CachefsError(f"scratch {path} is not usable: {describe(error)}", _CHOOSE) from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return Scratch(path, fd, made, is_new=MARK not in names)
+
+
+def open_scratch(path: Path) -> Scratch:
+    """Scratch that exists and is ours. Raises CachefsError for a directory that does not carry our mark."""
+    if not os.path.lexists(path):
+        raise CachefsError(f"there is no scratch directory {path}", "name it with --scratch")
+    fd = _open_own_directory(path)
+    try:
+        return Scratch(path, fd, _read_mark(fd, path))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _open_own_directory(path: Path) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP or path.is_symlink():
+            reason = "is a symbolic link"
+        elif error.errno == errno.ENOTDIR:
+            reason = "is not a directory"
+        else:
+            reason = f"cannot be opened: {describe(error)}"
+        raise CachefsError(f"scratch {path} {reason}", _CHOOSE) from None
+    status = os.fstat(fd)
+    problem = None
+    if status.st_uid != os.geteuid():
+        problem = f"is owned by uid {status.st_uid}, not {os.geteuid()}"
+    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        problem = f"is writable by others (mode {stat.S_IMODE(status.st_mode):04o})"
+    elif not os.access(path, os.W_OK | os.X_OK):
+        problem = "is not writable"
+    if problem:
+        os.close(fd)
+        raise CachefsError(f"scratch {path} {problem}", _CHOOSE)
+    return fd
+
+
+@contextmanager
+def _locked(fd: int) -> Iterator[None]:
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def _write_mark(fd: int, made: bool) -> None:
+    mark = os.open(MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=fd)
+    with open(mark, "w") as file:
+        json.dump({"format": FORMAT, "directory_made_by_cachefs": made}, file)
+
+
+def _read_mark(fd: int, path: Path) -> bool:
+    """Whether we made the directory itself."""
+    try:
+        mark = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    except FileNotFoundError:
+        raise CachefsError(
+            f"{path} was not made by cachefs: it has no {MARK} file", "name the right directory"
+        ) from None
+    with open(mark) as file:
+        try:
+            content = json.load(file)
+            version, made = content["format"], bool(content["directory_made_by_cachefs"])
+        except (ValueError, KeyError, TypeError):
+            raise CachefsError(f"the file {MARK} in scratch {path} is damaged", _CHOOSE) from None
+    if version != FORMAT:
+        raise CachefsError(
+            f"scratch {path} is of format {version}, this cachefs uses {FORMAT}", "purge it or " + _CHOOSE
+        )
+    return made

@@ -1,0 +1,211 @@
+"""Complete and half-copied files in one scratch directory, by name. It knows nothing of sources and readers.
+
+Invariants:
+- A file appears under files/ by rename from staging/, complete; a name there never changes its content.
+- Whoever copies holds an exclusive lock on the staged file; whoever has a complete file open holds a shared lock on
+  it; whoever removes one takes an exclusive lock first. So nothing that is open is removed, by any mount.
+- The size of a staged file is the frontier: bytes below it are there and are of the right version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+
+from cachefs.errors import StorageError
+
+KEY_BYTES = 16
+NAME_BYTES = 24
+"""A name is the file's key (which path of which dataset) and 8 bytes for its version."""
+
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOATIME
+
+
+class Storage:
+    """The files of a scratch directory. `boot` names the machine's current boot: new files are kept under it."""
+
+    def __init__(self, scratch_fd: int, boot: str) -> None:
+        self.boot = boot
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._files = os.open("files", flags, dir_fd=scratch_fd)
+        self._staging = os.open("staging", flags, dir_fd=scratch_fd)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(boot, 0o700, dir_fd=self._files)
+        self._current = os.open(boot, flags, dir_fd=self._files)
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return self._files, self._staging, self._current
+
+    def open(self, name: bytes) -> int | None:
+        """A descriptor of a complete file that was written during this boot, or None.
+
+        Takes some 15 us. Raises StorageError.
+        """
+        return self._open_locked(_relative(name), self._current)
+
+    def open_earlier(self, name: bytes, boot: str) -> int | None:
+        """A descriptor of a file that was written before the machine's last boot, or None."""
+        return self._open_locked(f"{boot}/{_relative(name)}", self._files)
+
+    def adopt(self, name: bytes, boot: str) -> None:
+        """Take a file of an earlier boot, whose content was checked, as one of this boot."""
+        self._into_current(f"{boot}/{_relative(name)}", self._files, name)
+
+    def remove(self, name: bytes, boot: str | None = None) -> int:
+        """Remove a complete file unless somebody has it open. The bytes that this freed, 0 for none, -1 if in use."""
+        path = f"{boot or self.boot}/{_relative(name)}"
+        try:
+            fd = os.open(path, _OPEN, dir_fd=self._files)
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise _storage_error(error, name) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path, dir_fd=self._files)
+            return os.fstat(fd).st_size
+        except BlockingIOError:
+            return -1
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise _storage_error(error, name) from error
+        finally:
+            os.close(fd)
+
+    def stage(self, name: bytes) -> int | None:
+        """A descriptor of an empty staged file, locked; None while somebody else copies it."""
+        text = _text(name)
+        while True:
+            try:
+                fd = os.open(text, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._staging)
+            except OSError as error:
+                raise _storage_error(error, name) from error
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), os.stat(text, dir_fd=self._staging, follow_symlinks=False)):
+                    os.ftruncate(fd, 0)
+                    return fd
+            except BlockingIOError:
+                os.close(fd)
+                return None
+            except FileNotFoundError:
+                pass  # renamed into place between open and lock: look again
+            except OSError as error:
+                os.close(fd)
+                raise _storage_error(error, name) from error
+            os.close(fd)
+
+    def open_staged(self, name: bytes) -> int | None:
+        """A descriptor for reading below the frontier, or None if the file is not staged (any more)."""
+        try:
+            return os.open(_text(name), _OPEN, dir_fd=self._staging)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _storage_error(error, name) from error
+
+    def share(self, fd: int) -> None:
+        """Hold on to a file that was opened while it was staged and is complete now."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # its worker has not closed it yet, or another mount is removing it: the descriptor stays good
+
+    def frontier(self, name: bytes) -> int:
+        """How far the copy of a staged file has got, in bytes."""
+        try:
+            return os.stat(_text(name), dir_fd=self._staging, follow_symlinks=False).st_size
+        except FileNotFoundError:
+            return 0
+
+    def has(self, name: bytes, boot: str | None = None) -> bool:
+        return os.access(f"{boot or self.boot}/{_relative(name)}", os.F_OK, dir_fd=self._files)
+
+    def commit(self, name: bytes) -> None:
+        """Make a staged file a complete one."""
+        self._into_current(_text(name), self._staging, name)
+
+    def discard_held(self, name: bytes) -> None:
+        """Drop a staged file whose lock the caller holds."""
+        try:
+            os.unlink(_text(name), dir_fd=self._staging)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _storage_error(error, name) from error
+
+    def discard_staged(self, name: bytes) -> None:
+        """Drop a staged file that nobody copies (any more)."""
+        fd = self.open_staged(name)
+        if fd is None:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(_text(name), dir_fd=self._staging)
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        finally:
+            os.close(fd)
+
+    def discard_abandoned(self) -> None:
+        """Drop every staged file that nobody copies."""
+        for text in os.listdir(self._staging):
+            self.discard_staged(bytes.fromhex(text))
+
+    def scan(self) -> Iterator[tuple[bytes, str, int]]:
+        """(name, boot, size in bytes) of every complete file; some 3 us each."""
+        for boot in os.listdir(self._files):
+            for prefix in os.listdir(f"/proc/self/fd/{self._files}/{boot}"):
+                with os.scandir(f"/proc/self/fd/{self._files}/{boot}/{prefix}") as files:
+                    for file in files:
+                        yield bytes.fromhex(file.name), boot, file.stat(follow_symlinks=False).st_size
+
+    def space(self) -> tuple[int, int]:
+        """(bytes available to us, bytes in all) of the file system."""
+        status = os.fstatvfs(self._files)
+        return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+
+    def _open_locked(self, path: str, directory: int) -> int | None:
+        try:
+            fd = os.open(path, _OPEN, dir_fd=directory)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _storage_error(error, path) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                return fd
+        except BlockingIOError:
+            pass  # being removed
+        os.close(fd)
+        return None
+
+    def _into_current(self, path: str, directory: int, name: bytes) -> None:
+        target = _relative(name)
+        try:
+            try:
+                os.rename(path, target, src_dir_fd=directory, dst_dir_fd=self._current)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(target[:2], 0o700, dir_fd=self._current)
+                os.rename(path, target, src_dir_fd=directory, dst_dir_fd=self._current)
+        except OSError as error:
+            raise _storage_error(error, name) from error
+
+
+def _text(name: bytes) -> str:
+    return name.hex()
+
+
+def _relative(name: bytes) -> str:
+    text = name.hex()
+    return f"{text[:2]}/{text}"
+
+
+def _storage_error(error: OSError, name: bytes | str) -> StorageError:
+    return StorageError(error.errno or 0, error.strerror or str(error), name if isinstance(name, str) else name.hex())

@@ -1,0 +1,106 @@
+"""Frozen settings of one mount, and how their values are written ("300G", "80%").
+
+Where a value comes from (command line, environment, file: in this order) is the command line's business;
+here is what it means.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cachefs.errors import UsageError
+
+POLICIES = ("hold", "lru")
+PREFETCH_MODES = ("off",)
+LOG_LEVELS = ("debug", "info", "warning", "error")
+RESERVED_SHARE = 0.05
+"""Share of scratch's file system that stays free whatever the capacity says."""
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+
+
+def parse_size(text: str) -> int:
+    """Bytes for "300G", "1.5 GiB", "4096". Units are powers of 1024. Raises UsageError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", "write a number with K, M, G or T, such as 300G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds for "3600" or "0.5". Raises UsageError for anything but a finite number from 0 up."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise UsageError(f"{text!r} is not a number of seconds", "write a number from 0 up, such as 3600")
+    return seconds
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How much scratch may hold: `size` bytes, or a `share` (0 to 1) of the space that is free at mount."""
+
+    size: int | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Capacity:
+        """Capacity for "300G" or "80%". Raises UsageError."""
+        match = _PERCENT.fullmatch(text.strip())
+        if match is None:
+            try:
+                return cls(size=parse_size(text))
+            except UsageError:
+                raise UsageError(
+                    f"{text!r} is not a capacity", "write a size such as 300G or a share such as 80%"
+                ) from None
+        share = float(match[1]) / 100
+        if share > 1:
+            raise UsageError(f"{text!r} is more than all of it", "write a share from 0% to 100%")
+        return cls(share=share)
+
+
+DEFAULT_CAPACITY = Capacity(share=0.8)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that one mount is told. Times are in seconds."""
+
+    source: Path
+    mountpoint: Path
+    scratch: Path
+    capacity: Capacity = field(default=DEFAULT_CAPACITY)
+    policy: str = "hold"
+    prefetch: str = "off"
+    metadata_ttl: float = 3600.0
+    source_timeout: float = 120.0
+    allow_other: bool = False
+    log_level: str = "info"
+
+
+def default_scratch() -> Path:
+    """The job's own directory inside a Grid Engine or Slurm job, else one for each user in the temporary directory."""
+    job = os.environ.get("JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    job_directory = os.environ.get("TMPDIR")
+    if job and job_directory:
+        return Path(job_directory) / "cachefs"
+    return Path(tempfile.gettempdir()) / f"cachefs-{os.getuid()}"
+
+
+def format_size(size: float) -> str:
+    """`size` bytes for people: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,238 @@
+"""What the mount does, without a kernel: names, attributes, listings, open files. `operations` shows it to FUSE.
+
+Invariants:
+- Everything here runs in the event loop's thread. What is asked of the source is awaited; the tables are changed
+  without an await in between.
+- Metadata are believed for `ttl` seconds from the moment on at which the source was asked, absence and listings too.
+- Whatever would change the tree is EROFS. Errors are OSError with the errno that the reader gets.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Sequence
+
+import trio
+
+from cachefs.cache.cache import Cache
+from cachefs.cache.files import Buffer, OpenFile
+from cachefs.errors import SourceError
+from cachefs.fs.inodes import Directory, Inodes, Node, directory_of
+from cachefs.source.attributes import Attributes
+from cachefs.source.client import NAMES_A_JOB, Source
+
+log = logging.getLogger(__name__)
+
+_COLD_LOOKUPS = 2
+"""From this many lookups in a listed directory without known attributes on, those of all its names are asked for."""
+_GATHERS = 2
+
+
+class FileSystem:
+    """The tree of `source`, its files opened through `cache`.
+
+    `ttl` is how many seconds metadata are believed. Background work runs in `nursery`.
+    """
+
+    def __init__(self, source: Source, cache: Cache, nursery: trio.Nursery, ttl: float) -> None:
+        self.inodes = Inodes()
+        self._source = source
+        self._cache = cache
+        self._nursery = nursery
+        self._ttl = ttl
+        self._files: dict[int, tuple[OpenFile, int]] = {}
+        self._gathers = trio.CapacityLimiter(_GATHERS)
+
+    # Names and attributes
+
+    async def lookup(self, parent_inode: int, name: bytes) -> Node | None:
+        """The entry of a name, with fresh attributes; None where there is no such name."""
+        parent = self._node(parent_inode)
+        directory = directory_of(parent)
+        now = time.monotonic()
+        node = self.inodes.child(parent, name)
+        if node is not None and now < node.expires:
+            return node
+        if now < directory.absent.get(name, 0.0):
+            return None
+        if now < directory.listed_until:
+            if name not in directory.children:
+                return None
+            self._note_cold_lookup(parent, directory)
+        path = parent.path
+        try:
+            attributes = await self._source.stat(path + b"/" + name if path else name)
+        except SourceError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            self.inodes.remove_child(parent, name, now + self._ttl)
+            return None
+        return self.inodes.update(parent, name, attributes, now + self._ttl)
+
+    def absent_until(self, parent_inode: int, name: bytes) -> float:
+        """Until when (monotonic) the absence of a name is believed."""
+        directory = directory_of(self._node(parent_inode))
+        return directory.absent.get(name, directory.listed_until)
+
+    async def getattr(self, inode: int) -> Node:
+        """The entry with attributes that are fresh, or those of an open file's version."""
+        node = self._node(inode)
+        now = time.monotonic()
+        if node.attributes is not None and (now < node.expires or inode in self._files):
+            return node
+        attributes = await self._source.stat(node.path)
+        if node.parent is None:
+            self.inodes.refresh(node, attributes, now + self._ttl)
+        elif self.inodes.update(node.parent, node.name, attributes, now + self._ttl) is not node:
+            raise OSError(errno.ESTALE, "changed on the source", node.path)  # the kernel looks the name up afresh
+        return node
+
+    async def readlink(self, inode: int) -> bytes:
+        return await self._source.readlink(self._node(inode).path)
+
+    async def access(self, inode: int, mode: int) -> bool:
+        """Whether this process's user may do what access(2) asks."""
+        if mode & os.W_OK:
+            raise OSError(errno.EROFS, "read-only file system")
+        node = await self.getattr(inode)
+        if node.attributes is not None and _permits_plainly(Attributes.unpack(node.attributes), mode):
+            return True
+        return await self._source.access(node.path, mode)
+
+    async def statfs(self) -> tuple[int, ...]:
+        """The source's statvfs(2) fields, as SourceTree.statvfs orders them."""
+        return await self._source.statvfs()
+
+    def forget(self, forgotten: Sequence[tuple[int, int]]) -> None:
+        """The kernel gives back references: pairs of an inode number and how many."""
+        for inode, lookups in forgotten:
+            self.inodes.forget(inode, lookups)
+
+    # Directories
+
+    async def snapshot(self, inode: int) -> list[bytes]:
+        """The names of a directory, all and each once: a snapshot for one opendir."""
+        node = self._node(inode)
+        directory = directory_of(node)
+        now = time.monotonic()
+        if now >= directory.listed_until:
+            path = node.path
+            entries = await self._source.listing(path)
+            self.inodes.list_children(node, entries, now + self._ttl)
+            untyped = [name for name, _, kind in entries if not kind]
+            if untyped:
+                await self._ask_attributes(node, untyped)
+        return list(directory.children)
+
+    def listed_child(self, inode: int, name: bytes) -> Node | int | None:
+        """What a listing shows of a name: its node, or its type where it has none, or None: it is gone."""
+        return directory_of(self._node(inode)).children.get(name)
+
+    def add_listed_child(self, inode: int, name: bytes, kind: int) -> Node:
+        """Give a listed name its node; its number is `inodes.next_inode`."""
+        return self.inodes.new_child(self._node(inode), name, kind)
+
+    def _note_cold_lookup(self, parent: Node, directory: Directory) -> None:
+        directory.cold_lookups += 1
+        if directory.cold_lookups >= _COLD_LOOKUPS and not directory.is_gathering:
+            directory.is_gathering = True
+            self._nursery.start_soon(self._gather, parent, directory)
+
+    async def _gather(self, parent: Node, directory: Directory) -> None:
+        """Ask for the attributes of all names of a directory that have none: somebody reads them one by one."""
+        try:
+            async with self._gathers:
+                now = time.monotonic()
+                names = [
+                    name
+                    for name, child in directory.children.items()
+                    if not isinstance(child, Node) or now >= child.expires
+                ]
+                await self._ask_attributes(parent, names)
+        except OSError as error:
+            log.info("attributes not gathered path=%r error=%r", parent.path, error.strerror)
+        finally:
+            directory.is_gathering = False
+            directory.cold_lookups = 0
+
+    async def _ask_attributes(self, parent: Node, names: list[bytes]) -> None:
+        path = parent.path
+        for start in range(0, len(names), NAMES_A_JOB):
+            expires = time.monotonic() + self._ttl
+
+            def learn(batch: list[tuple[bytes, bytes | int]], expires: float = expires) -> None:
+                for name, found in batch:
+                    if isinstance(found, bytes):
+                        if name in directory_of(parent).children:
+                            self.inodes.update(parent, name, found, expires)
+                    elif found == errno.ENOENT:
+                        self.inodes.remove_child(parent, name, expires)
+
+            await self._source.stat_many(path, names[start : start + NAMES_A_JOB], learn)
+
+    # Files
+
+    async def open(self, inode: int, flags: int) -> int:
+        """Open a regular file for reading; its handle. All handles of an inode share one open file."""
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise OSError(errno.EROFS, "read-only file system")
+        shared = self._files.get(inode)
+        if shared is not None:
+            self._files[inode] = shared[0], shared[1] + 1
+            self._cache.count_open(shared[0])
+            return inode
+        node = await self.getattr(inode)
+        assert node.attributes is not None  # getattr's promise
+        try:
+            file = await self._cache.open(node.path, node.attributes)
+        except SourceError as error:
+            node.expires = 0.0
+            if error.errno == errno.ENOENT:  # the kernel looks the name up afresh: it may have been replaced
+                raise OSError(errno.ESTALE, "changed on the source", node.path) from error
+            raise
+        shared = self._files.get(inode)
+        if shared is not None:  # opened by somebody else meanwhile
+            file.close()
+            self._files[inode] = shared[0], shared[1] + 1
+        else:
+            self._files[inode] = file, 1
+        return inode
+
+    async def read(self, handle: int, offset: int, size: int) -> Buffer:
+        """Up to `size` bytes from `offset`; fewer only at the end of the file."""
+        return await self._files[handle][0].read(offset, size)
+
+    def release(self, handle: int) -> None:
+        file, handles = self._files[handle]
+        if handles > 1:
+            self._files[handle] = file, handles - 1
+        else:
+            del self._files[handle]
+            file.close()
+
+    def close(self) -> None:
+        """Close what the kernel has not released."""
+        for file, _ in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _node(self, inode: int) -> Node:
+        node = self.inodes.get(inode)
+        if node is None:
+            raise OSError(errno.ESTALE, "unknown inode", str(inode))
+        return node
+
+
+def _permits_plainly(attributes: Attributes, mode: int) -> bool:
+    """Whether the mode bits alone permit it, so that the source need not be asked; links and groups it is asked."""
+    if os.geteuid() == 0:
+        return not mode & os.X_OK or bool(attributes.mode & 0o111) or stat.S_ISDIR(attributes.mode)
+    if attributes.uid == os.geteuid():
+        granted = attributes.mode >> 6 & 7
+    else:
+        granted = attributes.mode & attributes.mode >> 3 & 7  # for whoever is in the group and for who is not
+    return granted & mode == mode

@@ -1,0 +1,210 @@
+"""The entries that are known, by inode number and by name; what is remembered of them, and until when.
+
+Invariants:
+- A node stands for one version of a regular file: when the source has another version, the name gets another node
+  with another inode number. So pages, sizes and open handles of two versions can never mix, and the kernel's page
+  cache may be kept for ever. A directory keeps its node while it is the same directory.
+- Inode numbers count up and are not used twice. All hard links of a file have one node.
+- A node stays while the kernel knows it (`lookups` > 0). The others are a metadata cache, bounded in number.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+
+from cachefs.source.attributes import Attributes, version_of
+
+ROOT_INODE = 1
+REMEMBERED_NODES = 400_000
+"""From this many nodes on, those that the kernel has forgotten are dropped."""
+
+_KINDS = {kind: kind for kind in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)}  # one object for each, not a million
+
+
+class Node:
+    """One entry. `attributes` are packed, None until they are asked for; they hold until `expires` (monotonic)."""
+
+    __slots__ = ("attributes", "directory", "expires", "inode", "kind", "lookups", "name", "parent")
+
+    def __init__(self, inode: int, parent: Node | None, name: bytes, kind: int) -> None:
+        self.inode = inode
+        self.parent = parent
+        self.name = name
+        self.kind = kind  # the file type bits of a mode, or 0 while they are not known
+        self.attributes: bytes | None = None
+        self.expires = 0.0
+        self.lookups = 0
+        self.directory: Directory | None = None
+
+    @property
+    def path(self) -> bytes:
+        """Relative to the source; b"" for the root."""
+        names: list[bytes] = []
+        node = self
+        while node.parent is not None:
+            names.append(node.name)
+            node = node.parent
+        return b"/".join(reversed(names))
+
+
+class Directory:
+    """What is known of a directory's names. `children` maps a name to its node or, before it has one, to its type.
+
+    Until `listed_until` (monotonic) `children` are all names there are, in the source's order.
+    """
+
+    __slots__ = ("absent", "children", "cold_lookups", "is_gathering", "listed_until")
+
+    def __init__(self) -> None:
+        self.children: dict[bytes, Node | int] = {}
+        self.absent: dict[bytes, float] = {}
+        self.listed_until = 0.0
+        self.cold_lookups = 0
+        self.is_gathering = False
+
+
+class Inodes:
+    """The table of nodes of one mount."""
+
+    def __init__(self) -> None:
+        self.root = Node(ROOT_INODE, None, b"", stat.S_IFDIR)
+        self.root.lookups = 1
+        self.root.directory = Directory()
+        self._by_inode = {ROOT_INODE: self.root}
+        self._by_identity: dict[tuple[int, int], Node] = {}
+        self._next = ROOT_INODE + 1
+
+    def __len__(self) -> int:
+        return len(self._by_inode)
+
+    def get(self, inode: int) -> Node | None:
+        return self._by_inode.get(inode)
+
+    def known(self) -> Iterator[Node]:
+        return iter(self._by_inode.values())
+
+    def child(self, parent: Node, name: bytes) -> Node | None:
+        """The node of a name, if it has one."""
+        found = directory_of(parent).children.get(name)
+        return found if isinstance(found, Node) else None
+
+    @property
+    def next_inode(self) -> int:
+        """The number that the next new node gets."""
+        return self._next
+
+    def new_child(self, parent: Node, name: bytes, kind: int) -> Node:
+        """A new node for a name, in place of the one that it had."""
+        node = Node(self._next, parent, name, kind)
+        self._next += 1
+        self._by_inode[node.inode] = node
+        directory_of(parent).children[name] = node
+        return node
+
+    def update(self, parent: Node, name: bytes, attributes: bytes, expires: float) -> Node:
+        """The node for what the source says of a name now: the same one where it is the same thing."""
+        new = Attributes.unpack(attributes)
+        node = self.child(parent, name)
+        if node is not None and not _is_same(node, attributes, new):
+            node = None
+        is_linked = stat.S_ISREG(new.mode) and new.links > 1
+        if is_linked and (node is None or node.attributes is None):
+            other = self._by_identity.get((new.device, new.inode))
+            if other is not None and _is_same(other, attributes, new):
+                node = other
+                node.parent, node.name = parent, name  # the path that was seen last is one that is there
+                directory_of(parent).children[name] = node
+        if node is None:
+            node = self.new_child(parent, name, stat.S_IFMT(new.mode))
+        if is_linked:
+            self._by_identity[new.device, new.inode] = node
+        directory_of(parent).absent.pop(name, None)
+        self.refresh(node, attributes, expires)
+        return node
+
+    def refresh(self, node: Node, attributes: bytes, expires: float) -> None:
+        """The source has said the same of a node again."""
+        node.attributes = attributes
+        node.expires = expires
+        if not node.kind:
+            node.kind = stat.S_IFMT(Attributes.unpack(attributes).mode)
+        if node.directory is None and node.kind == stat.S_IFDIR:
+            node.directory = Directory()
+
+    def remove_child(self, parent: Node, name: bytes, until: float) -> None:
+        """The source has no such name (any more)."""
+        directory = directory_of(parent)
+        child = directory.children.pop(name, None)
+        if isinstance(child, Node) and child.lookups <= 0:
+            self._drop(child)
+        if len(directory.absent) > 10_000:
+            directory.absent.clear()
+        directory.absent[name] = until
+
+    def list_children(self, parent: Node, entries: list[tuple[bytes, int, int]], until: float) -> None:
+        """All names of a directory, as the source lists them: (name, inode number, type)."""
+        directory = directory_of(parent)
+        before = directory.children
+        now: dict[bytes, Node | int] = {}
+        for name, _, kind in entries:
+            child = before.pop(name, None)
+            now[name] = child if isinstance(child, Node) else _KINDS.get(kind, 0)
+        directory.children = now
+        directory.absent.clear()
+        directory.listed_until = until
+        directory.cold_lookups = 0
+        for child in before.values():
+            if isinstance(child, Node) and child.lookups <= 0:
+                self._drop(child)
+
+    def forget(self, inode: int, lookups: int) -> None:
+        """The kernel gives back `lookups` of its references."""
+        node = self._by_inode.get(inode)
+        if node is None or node is self.root:
+            return
+        node.lookups -= lookups
+        if node.lookups > 0:
+            return
+        is_current = node.parent is not None and self.child(node.parent, node.name) is node
+        if not is_current or (len(self._by_inode) > REMEMBERED_NODES and not _has_nodes(node)):
+            self._drop(node)
+            if is_current and node.parent is not None:
+                directory_of(node.parent).children[node.name] = node.kind
+
+    def _drop(self, node: Node) -> None:
+        """Forget a node, and below it what the kernel does not know."""
+        dropped = [node]
+        while dropped:
+            node = dropped.pop()
+            self._by_inode.pop(node.inode, None)
+            if node.attributes is not None and node.kind == stat.S_IFREG:
+                known = Attributes.unpack(node.attributes)
+                if known.links > 1 and self._by_identity.get((known.device, known.inode)) is node:
+                    del self._by_identity[known.device, known.inode]
+            if node.directory is not None:
+                children = node.directory.children.values()
+                dropped += [child for child in children if isinstance(child, Node) and child.lookups <= 0]
+
+
+def directory_of(node: Node) -> Directory:
+    """What is known of a directory's names. Raises NotADirectoryError."""
+    if node.directory is None:
+        raise NotADirectoryError(20, "Not a directory", node.path)
+    return node.directory
+
+
+def _has_nodes(node: Node) -> bool:
+    return node.directory is not None and any(isinstance(c, Node) for c in node.directory.children.values())
+
+
+def _is_same(node: Node, attributes: bytes, new: Attributes) -> bool:
+    """Whether a node still stands for what the source describes with `attributes`."""
+    if node.kind and node.kind != stat.S_IFMT(new.mode):
+        return False
+    if node.attributes is None:
+        return True
+    if node.kind == stat.S_IFREG:
+        return version_of(node.attributes) == version_of(attributes)
+    old = Attributes.unpack(node.attributes)
+    return old.inode == new.inode and old.device == new.device

@@ -1,0 +1,32 @@
+"""The counters of one mount. They are exact: each is changed in one place, in the event loop's thread alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Metrics:
+    """Counts since the mount began. Sizes are in bytes.
+
+    Every open of a file is one of three: `hits` (a resident copy serves it), `misses` (it was fetched first, or
+    joined a fetch on its way), `bypasses` (the source serves it, because it cannot be cached).
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bypasses: int = 0
+    evictions: int = 0
+    fetches: int = 0
+    """Files copied completely from the source by this mount."""
+    fetch_errors: int = 0
+    source_bytes_read: int = 0
+    """File contents read from the source: by fetches, also failed ones, and for bypasses and far reads."""
+    bytes_served: int = 0
+    """Bytes given to the kernel in answer to reads. What the kernel's page cache serves is not seen here."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def uptime_seconds(self) -> float:
+        return time.monotonic() - self.started

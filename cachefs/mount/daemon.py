@@ -1,0 +1,117 @@
+"""A mount in the background or in the foreground: from checked settings to a process that serves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from cachefs.cache.scratch import claim_scratch
+from cachefs.config import Settings
+from cachefs.errors import CachefsError
+from cachefs.mount.purge import purge
+from cachefs.mount.serve import lay_grounds, serve
+
+log = logging.getLogger(__name__)
+
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+_KEPT_LOGS = 10
+
+
+def serve_in_foreground(settings: Settings, on_ready: Callable[[], None]) -> None:
+    """Serve in this process until the mount ends; log to stderr."""
+    _log_to(logging.StreamHandler(), settings)
+    _serve(settings, on_ready)
+
+
+def serve_in_background(settings: Settings) -> int:
+    """Serve in a daemon and return its pid when it answers. Raises CachefsError if it does not get that far."""
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        _run_daemon(settings, writing)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        line = pipe.read()
+    if line:
+        report = json.loads(line)
+        if report.get("pid"):
+            return int(report["pid"])
+        raise CachefsError(report["error"], report["hint"])
+    os.waitpid(pid, 0)
+    raise CachefsError("the daemon died before the mount answered", f"see the logs in {settings.scratch / 'logs'}")
+
+
+def _run_daemon(settings: Settings, pipe: int) -> None:
+    """Serve, say over `pipe` how the start went, and exit."""
+    status = 1
+    try:
+        os.setsid()
+        os.chdir("/")
+        os.umask(0o077)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        said = False
+
+        def on_ready() -> None:
+            nonlocal said
+            said = True
+            _say(pipe, {"pid": os.getpid()})
+
+        try:
+            _serve(settings, on_ready, log_file=True)
+            status = 0
+        except CachefsError as error:
+            log.error("%s", error)
+            if not said:
+                _say(pipe, {"error": str(error.args[0]), "hint": error.hint})
+        except Exception as error:
+            log.exception("the daemon ends with a bug")
+            if not said:
+                words = traceback.format_exception_only(error)[-1].strip()
+                _say(pipe, {"error": f"a bug of cachefs: {words}", "hint": f"see {settings.scratch / 'logs'}"})
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+def _serve(settings: Settings, on_ready: Callable[[], None], *, log_file: bool = False) -> None:
+    scratch = claim_scratch(settings.scratch)
+    if log_file:
+        _log_to(logging.FileHandler(_new_log(scratch.at("logs"))), settings)
+    try:
+        serve(lay_grounds(settings, scratch), on_ready)
+    except CachefsError:
+        if scratch.is_new:
+            purge(settings.scratch)  # a mount that did not come about leaves nothing behind
+        raise
+
+
+def _new_log(folder: Path) -> Path:
+    """The path of this process's log; of the older ones the newest stay."""
+    logs = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for old in logs[: -_KEPT_LOGS + 1]:
+        old.unlink(missing_ok=True)
+    return folder / f"{os.getpid()}.log"
+
+
+def _log_to(handler: logging.Handler, settings: Settings) -> None:
+    handler.setFormatter(logging.Formatter(_LOG_FORMAT))
+    root = logging.getLogger("cachefs")
+    root.setLevel(settings.log_level.upper())
+    root.addHandler(handler)
+    logging.getLogger("pyfuse3").addHandler(handler)
+
+
+def _say(pipe: int, report: dict[str, object]) -> None:
+    os.write(pipe, json.dumps(report).encode())
+    os.close(pipe)

@@ -1,0 +1,84 @@
+"""pyfuse3's session: mounting with a reason when it fails, readiness, limits of the kernel, unmounting."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from cachefs.config import Settings
+from cachefs.errors import CachefsError
+from cachefs.mount.mountinfo import find_mount, mount_name
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS = Path("/sys/fs/fuse/connections")
+_BACKGROUND_REQUESTS = 1000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Session:
+    """A mounted session."""
+
+    def __init__(self, settings: Settings, lease: str) -> None:
+        self._settings = settings
+        self._name = mount_name(settings.scratch, lease)
+
+    def tune(self) -> None:
+        """Raise the kernel's limit of 12 read-ahead requests under way.
+
+        Requests that wait for a slow or hung source count, so with 12 of them even reads of resident files would
+        wait. Only the mount's owner may raise it, and only where fusectl is mounted, as systemd does.
+        """
+        mount = find_mount(self._settings.mountpoint)
+        if mount is None:
+            return
+        try:
+            limit = CONNECTIONS / mount.device.partition(":")[2] / "max_background"
+            limit.write_text(str(_BACKGROUND_REQUESTS))
+        except OSError as error:
+            log.info("read-ahead limit not raised error=%r", error.strerror)
+
+    async def announce(self, on_ready: Callable[[], None]) -> None:
+        """Call `on_ready` when the mount answers."""
+        await trio.to_thread.run_sync(os.stat, self._settings.mountpoint)
+        on_ready()
+
+    def unmount(self) -> None:
+        """Unmount, lazily where it is in use, unless something else lies on top or it is gone already."""
+        mount = find_mount(self._settings.mountpoint)
+        pyfuse3.close(unmount=mount is not None and mount.name == self._name)
+
+
+@asynccontextmanager
+async def mounted_session(operations: pyfuse3.Operations, settings: Settings, lease: str) -> AsyncIterator[Session]:
+    """Mount `operations` at settings.mountpoint; unmount at the end. Raises CachefsError if that fails."""
+    options = {f"fsname={mount_name(settings.scratch, lease)}", "subtype=cachefs", "ro", "nosuid", "nodev"}
+    if settings.allow_other:
+        options |= {"allow_other", "default_permissions"}
+    mountpoint = os.fspath(settings.mountpoint)
+    with tempfile.TemporaryFile() as said:  # libfuse and fusermount3 say on stderr why they fail
+        stderr = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            pyfuse3.init(operations, mountpoint, options)
+        except RuntimeError:
+            said.seek(0)
+            words = said.read().decode(errors="replace").strip().splitlines()
+            reason = words[-1] if words else "libfuse gives no reason"
+            raise CachefsError(f"cannot mount at {mountpoint}: {reason}") from None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+    session = Session(settings, lease)
+    try:
+        yield session
+    finally:
+        session.unmount()

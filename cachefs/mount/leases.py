@@ -1,0 +1,96 @@
+"""Leases: a live mount's claim on scratch. A lease is a file that its mount keeps locked, so a crash ends it.
+
+Invariants:
+- A lease is taken and dead ones are dropped under scratch's lock only.
+- Its lock is taken after the fork server was forked, so no worker holds on to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import psutil
+
+from cachefs.cache.scratch import Scratch
+
+
+@dataclass(frozen=True)
+class LeaseRecord:
+    """Who holds a lease. `process_started` is in seconds since the epoch, as psutil tells it."""
+
+    id: str
+    pid: int
+    process_started: float
+    boot: str
+    source: str
+    mountpoint: str
+    dataset: str
+
+
+class Lease:
+    """This mount's lease, held until `release` or the end of the process."""
+
+    def __init__(self, scratch: Scratch, record: LeaseRecord) -> None:
+        self.record = record
+        self._scratch = scratch
+        self._fd = os.open(
+            f"leases/{record.id}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=scratch.fd
+        )
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(self._fd, json.dumps(asdict(record)).encode())
+
+    def release(self) -> None:
+        os.unlink(f"leases/{self.record.id}", dir_fd=self._scratch.fd)
+        os.close(self._fd)
+
+
+def new_lease_id() -> str:
+    return secrets.token_hex(6)
+
+
+def boot_id() -> str:
+    """What tells this boot of the machine from others: 32 hexadecimal digits."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip().replace("-", "")
+
+
+def process_started(pid: int) -> float:
+    """When a process began, to tell it from another one with the same pid. Raises psutil.Error."""
+    return float(psutil.Process(pid).create_time())
+
+
+@contextmanager
+def scratch_lock(scratch: Scratch) -> Iterator[None]:
+    """Keeps other mounts from joining or leaving, and purge from starting. Blocks."""
+    fcntl.flock(scratch.fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(scratch.fd, fcntl.LOCK_UN)
+
+
+def live_leases(scratch: Scratch, *, drop_dead: bool = False) -> list[LeaseRecord]:
+    """The leases whose mounts live. `drop_dead` removes what the others left; only under scratch's lock."""
+    records = []
+    for name in sorted(os.listdir(scratch.at("leases"))):
+        try:
+            fd = os.open(f"leases/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=scratch.fd)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            records.append(LeaseRecord(**json.loads(os.read(fd, 1 << 16))))
+        else:
+            if drop_dead:
+                for folder in ("leases", "sockets"):
+                    scratch.at(folder, name).unlink(missing_ok=True)
+        finally:
+            os.close(fd)
+    return records

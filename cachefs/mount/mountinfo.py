@@ -1,0 +1,105 @@
+"""What is mounted where, from /proc/self/mountinfo. Nothing here touches a mountpoint, so nothing here can hang."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+FSTYPE = "fuse.cachefs"
+_OURS = re.compile(r"cachefs:([0-9a-f]+)@(.+)")
+
+NETWORK_FSTYPES = frozenset(
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "afs",
+        "ceph",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "fuse.sshfs",
+        "fuse.rclone",
+        "fuse.glusterfs",
+        "fuse.juicefs",
+        "fuse.s3fs",
+        "fuse.gcsfuse",
+        "fuse.ceph-fuse",
+        "fuse.slowsource",
+        "ocfs2",
+        "gfs2",
+        "9p",
+        "pvfs2",
+        "orangefs",
+    ]
+)
+MEMORY_FSTYPES = frozenset(("tmpfs", "ramfs"))
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One line of mountinfo. `device` is "major:minor", `name` what was mounted."""
+
+    path: Path
+    device: str
+    fstype: str
+    name: str
+
+    @property
+    def lease(self) -> tuple[Path, str] | None:
+        """(scratch, lease id) of a mount of cachefs."""
+        match = _OURS.fullmatch(self.name) if self.fstype == FSTYPE else None
+        return (Path(unquote(match[2])), match[1]) if match else None
+
+
+def mount_name(scratch: Path, lease: str) -> str:
+    """What a mount of ours is called: it says where its control socket is. ASCII, without commas or spaces."""
+    return f"cachefs:{lease}@{quote(os.fspath(scratch))}"
+
+
+def read_mounts() -> list[Mount]:
+    """All mounts of this mount namespace, in the order in which they were mounted."""
+    mounts = []
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            fields = line.split()
+            end = fields.index(b"-")
+            mounts.append(
+                Mount(
+                    Path(_unescape(fields[4])),
+                    fields[2].decode(),
+                    _unescape(fields[end + 1]),
+                    _unescape(fields[end + 2]),
+                )
+            )
+    return mounts
+
+
+def find_mount(path: Path) -> Mount | None:
+    """The topmost mount whose mountpoint is exactly `path`."""
+    return next((mount for mount in reversed(read_mounts()) if mount.path == path), None)
+
+
+def containing_mount(path: Path) -> Mount | None:
+    """The mount that the absolute `path` lies in."""
+    best: Mount | None = None
+    for mount in read_mounts():
+        within = mount.path == path or mount.path in path.parents
+        if within and (best is None or len(mount.path.parts) >= len(best.path.parts)):
+            best = mount
+    return best
+
+
+def resolve_mountpoint(path: Path) -> Path:
+    """`path`, absolute and without links in its parents; the mountpoint itself is not looked at: it may hang."""
+    absolute = Path(os.path.abspath(path))
+    return Path(os.path.realpath(absolute.parent)) / absolute.name
+
+
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))

@@ -1,0 +1,83 @@
+"""Purge: removes what we stored, and only that.
+
+Invariants:
+- Only a directory that carries our mark, is the caller's own and has no live lease is touched.
+- It works relative to descriptors, follows no link and crosses no mount; names that we did not make stay.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachefs.cache.scratch import DIRECTORIES, FILES, MARK, open_scratch
+from cachefs.errors import CachefsError
+from cachefs.mount.leases import live_leases, scratch_lock
+
+
+@dataclass(frozen=True)
+class Purged:
+    """What a purge removed: complete and staged files and their bytes; and the names that stay, which are not ours."""
+
+    files: int
+    bytes: int
+    kept: tuple[str, ...]
+
+
+def purge(path: Path) -> Purged:
+    """Remove everything of ours from the scratch directory `path`, and the directory itself if we made it.
+
+    Raises CachefsError.
+    """
+    scratch = open_scratch(path)
+    try:
+        with scratch_lock(scratch):
+            live = live_leases(scratch)
+            if live:
+                mounts = ", ".join(record.mountpoint for record in live)
+                raise CachefsError(f"scratch {path} is in use by {mounts}", "unmount first, with cachefs umount")
+            files, size = 0, 0
+            device = os.fstat(scratch.fd).st_dev
+            for name in DIRECTORIES:
+                removed = _remove_tree(scratch.fd, name, device)
+                if name in ("files", "staging"):
+                    files, size = files + removed[0], size + removed[1]
+            for name in sorted(FILES, key=lambda name: name == MARK):  # the mark last: until then it can be resumed
+                try:
+                    os.unlink(name, dir_fd=scratch.fd)
+                except FileNotFoundError:
+                    continue
+            kept = tuple(sorted(os.listdir(scratch.fd)))
+            if scratch.made and not kept:
+                os.rmdir(path)
+    except OSError as error:
+        raise CachefsError(f"purge of {path} stopped at {error.filename}: {error.strerror}") from None
+    finally:
+        os.close(scratch.fd)
+    return Purged(files, size, kept)
+
+
+def _remove_tree(parent: int, name: str, device: int) -> tuple[int, int]:
+    """Remove the directory `name` in `parent`: the files and bytes that were in it."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except FileNotFoundError:
+        return 0, 0
+    files = size = 0
+    try:
+        if os.fstat(fd).st_dev != device:
+            raise CachefsError(f"{name} in scratch is a mount", "unmount it first")
+        for entry in os.listdir(fd):
+            status = os.stat(entry, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
+                below = _remove_tree(fd, entry, device)
+                files, size = files + below[0], size + below[1]
+            else:
+                os.unlink(entry, dir_fd=fd)
+                files, size = files + 1, size + status.st_size
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=parent)
+    return files, size

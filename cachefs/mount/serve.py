@@ -1,0 +1,263 @@
+"""The composition root: puts the layers of one mount together, serves it, and takes it apart again.
+
+The order matters: the source is opened before anything is mounted over it; the fork server is forked while the
+process has one thread and little memory; the lease is taken after that; what was taken is given back in the reverse
+order, whatever fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyfuse3
+import trio
+
+from cachefs.cache.cache import Cache
+from cachefs.cache.capacity import CapacityKeeper
+from cachefs.cache.copying import CopyHandlers
+from cachefs.cache.fetches import Fetches
+from cachefs.cache.files import ScratchReader
+from cachefs.cache.index import IndexHandlers
+from cachefs.cache.ledger import Ledger
+from cachefs.cache.residency import Residency
+from cachefs.cache.scratch import Scratch
+from cachefs.cache.storage import Storage
+from cachefs.config import Settings
+from cachefs.errors import CachefsError, StorageError, describe
+from cachefs.fs.filesystem import FileSystem
+from cachefs.fs.operations import Operations
+from cachefs.metrics import Metrics
+from cachefs.mount.control import serve_control
+from cachefs.mount.fuse_session import mounted_session
+from cachefs.mount.leases import (
+    Lease,
+    LeaseRecord,
+    boot_id,
+    live_leases,
+    new_lease_id,
+    process_started,
+    scratch_lock,
+)
+from cachefs.source.client import Source
+from cachefs.source.handlers import SourceHandlers
+from cachefs.source.tree import SourceTree
+from cachefs.workers.fork_server import ForkServer
+from cachefs.workers.pool import WorkerPool
+from cachefs.workers.protocol import serve as serve_jobs
+
+log = logging.getLogger(__name__)
+
+FETCH_WORKERS = 16
+METADATA_WORKERS = 8
+READ_WORKERS = 8
+SCRATCH_THREADS = 8
+_DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME = 0.1, 5.0
+_MIN_IDLE_TASKS, _MAX_TASKS = 8, 100_000
+"""pyfuse3's tasks: a request that waits for the source keeps its own, so their number must not be the limit."""
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """What a mount stands on, made before its event loop starts."""
+
+    settings: Settings
+    scratch: Scratch
+    storage: Storage
+    fork_server: ForkServer
+    dataset: bytes
+    boot: str
+
+
+def lay_grounds(settings: Settings, scratch: Scratch) -> Grounds:
+    """Open the source and fork the fork server. The process must have one thread."""
+    try:
+        source_fd = os.open(settings.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CachefsError(f"source {settings.source} cannot be opened: {describe(error)}") from None
+    boot = boot_id()
+    storage = Storage(scratch.fd, boot)
+    lifetime = min(settings.metadata_ttl * _DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME)
+    index_path = scratch.path / "index.db"
+
+    def work(sock: Any) -> None:
+        tree = SourceTree(source_fd, lifetime)
+        serve_jobs(
+            sock,
+            {
+                **SourceHandlers(tree).table(),
+                **CopyHandlers(tree, storage).table(),
+                **IndexHandlers(index_path, storage).table(),
+            },
+        )
+
+    fork_server = ForkServer.start(work, keep_fds=[source_fd, *storage.fds])
+    os.close(source_fd)  # the workers have it; the event loop never touches the source itself
+    dataset = hashlib.blake2b(os.fsencode(settings.source), digest_size=16).digest()
+    return Grounds(settings, scratch, storage, fork_server, dataset, boot)
+
+
+def serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
+    """Mount and serve until unmounted or told to end; `on_ready` is called when the mount answers.
+
+    Raises CachefsError if it cannot be mounted.
+    """
+    try:
+        trio.run(_serve, grounds, on_ready, strict_exception_groups=False)
+    finally:
+        grounds.fork_server.close()
+
+
+async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
+    settings = grounds.settings
+    metrics = Metrics()
+    async with AsyncExitStack() as stack:
+        pools = await stack.enter_async_context(_pools(grounds.fork_server))
+        # leaving the nursery ends every fetch, before the pools and the lease go
+        lease, ledger, capacity = await _join(stack, grounds, pools["index"])
+        nursery = await stack.enter_async_context(_cancelled_nursery())
+        residency = Residency(grounds.dataset, grounds.boot, pools["index"], recency=settings.policy == "lru")
+
+        def live_datasets() -> list[bytes]:
+            return [bytes.fromhex(record.dataset) for record in live_leases(grounds.scratch)]
+
+        keeper = CapacityKeeper(
+            capacity,
+            settings.policy,
+            ledger,
+            grounds.storage,
+            residency,
+            copies=pools["fetch"],
+            index=pools["index"],
+            live_datasets=live_datasets,
+            metrics=metrics,
+        )
+        lifetime = min(settings.metadata_ttl * _DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME)
+        source = Source(pools["metadata"], pools["read"], settings.source_timeout or math.inf)
+        fetches = Fetches(nursery, pools["fetch"], grounds.storage, residency, keeper, metrics, source.timeout)
+        cache = Cache(source, grounds.storage, residency, keeper, fetches, ScratchReader(SCRATCH_THREADS), metrics)
+        filesystem = FileSystem(source, cache, nursery, settings.metadata_ttl - lifetime)
+        nursery.start_soon(_load, residency, os.fsencode(settings.source))
+
+        def status(_: Mapping[str, Any]) -> dict[str, Any]:
+            stored, files = ledger.stored()
+            return {
+                "source": str(settings.source),
+                "mountpoint": str(settings.mountpoint),
+                "scratch": str(settings.scratch),
+                "policy": settings.policy,
+                "capacity_bytes": capacity,
+                "resident_files": files,
+                "resident_bytes": stored,
+                "hits": metrics.hits,
+                "misses": metrics.misses,
+                "bypasses": metrics.bypasses,
+                "evictions": metrics.evictions,
+                "fetches": metrics.fetches,
+                "fetch_errors": metrics.fetch_errors,
+                "source_bytes_read": metrics.source_bytes_read,
+                "bytes_served": metrics.bytes_served,
+                "uptime_seconds": round(metrics.uptime_seconds, 3),
+                "pid": os.getpid(),
+                "known_entries": len(filesystem.inodes),
+                "log": str(settings.scratch / "logs" / f"{os.getpid()}.log"),
+            }
+
+        await nursery.start(serve_control, grounds.scratch, lease.record.id, {"status": status})
+        stack.push_async_callback(residency.flush)
+        stack.callback(filesystem.close)
+        async with mounted_session(Operations(filesystem), settings, lease.record.id) as session:
+            session.tune()
+            async with _cancelled_nursery() as session_nursery:
+                session_nursery.start_soon(_end_on_signal)
+                session_nursery.start_soon(session.announce, on_ready)
+                await pyfuse3.main(min_tasks=_MIN_IDLE_TASKS, max_tasks=_MAX_TASKS)
+
+
+@asynccontextmanager
+async def _pools(fork_server: ForkServer) -> AsyncIterator[dict[str, WorkerPool]]:
+    sizes = {"fetch": FETCH_WORKERS, "metadata": METADATA_WORKERS, "read": READ_WORKERS, "index": 1}
+    pools = {name: WorkerPool(fork_server, name, size) for name, size in sizes.items()}
+    try:
+        yield pools
+    finally:
+        with trio.CancelScope(shield=True):
+            for pool in pools.values():
+                await pool.aclose()
+
+
+@asynccontextmanager
+async def _cancelled_nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery whose tasks end with its block."""
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+async def _join(stack: AsyncExitStack, grounds: Grounds, index: WorkerPool) -> tuple[Lease, Ledger, int]:
+    """Take a lease and a place in the ledger, count afresh where need be, and fix the capacity in bytes."""
+    scratch, settings, storage = grounds.scratch, grounds.settings, grounds.storage
+    record = LeaseRecord(
+        id=new_lease_id(),
+        pid=os.getpid(),
+        process_started=process_started(os.getpid()),
+        boot=grounds.boot,
+        source=str(settings.source),
+        mountpoint=str(settings.mountpoint),
+        dataset=grounds.dataset.hex(),
+    )
+    with scratch_lock(scratch):
+        others = live_leases(scratch, drop_dead=True)
+        ledger = Ledger(scratch.fd, record.id, grounds.boot)
+        lease = Lease(scratch, record)
+        trusted = ledger.join([other.id for other in others])
+        if not trusted:
+            try:
+                ledger.set_stored(*await index.run(("reconcile",), what="index"))
+            except StorageError as error:
+                raise CachefsError(
+                    f"the index of scratch {scratch.path} is not usable ({describe(error)})",
+                    "purge the scratch or choose another with --scratch",
+                ) from None
+
+    def leave() -> None:
+        with scratch_lock(scratch):
+            alone = [record.id] == [other.id for other in live_leases(scratch)]
+            if alone:
+                storage.discard_abandoned()
+            ledger.leave(clean=alone)
+            scratch.at("sockets", record.id).unlink(missing_ok=True)
+            lease.release()
+
+    stack.callback(leave)
+    available, _ = storage.space()
+    stored, _ = ledger.stored()
+    size = settings.capacity.size
+    if size is None:
+        size = int((settings.capacity.share or 0.0) * (available + stored))
+    return lease, ledger, size
+
+
+async def _load(residency: Residency, source: bytes) -> None:
+    try:
+        await residency.load(source)
+    except StorageError as error:
+        log.warning("index not read error=%r", error.strerror)
+        residency.loaded.set()
+    await residency.write_behind()
+
+
+async def _end_on_signal() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("ending signal=%s", signal.Signals(number).name)
+            pyfuse3.terminate()

@@ -1,0 +1,102 @@
+"""A small process that forks workers, so that the event loop's process never has to.
+
+Invariants:
+- It is forked before the event loop starts and before anything large is loaded: one thread, little memory.
+- It and every worker end when the daemon ends, however that happens: the server at the end of its socket's
+  stream, a worker by PR_SET_PDEATHSIG when the server ends.
+- No descriptor of the daemon survives in it, except those that it was told to keep.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import gc
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterable
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+Serve = Callable[[socket.socket], None]
+"""What a worker does: answer the jobs that come over its socket until the stream ends."""
+
+
+class ForkServer:
+    """The daemon's side. `spawn` gives a new worker as its socket and its pidfd."""
+
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self._socket = sock
+        self.pid = pid
+
+    @classmethod
+    def start(cls, serve: Serve, keep_fds: Iterable[int]) -> ForkServer:
+        """Fork the server. Call it while the process has one thread. `keep_fds` stay open in it and its workers."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _become_server(theirs, serve, {theirs.fileno(), *keep_fds})
+            finally:
+                os._exit(1)
+        theirs.close()
+        return cls(ours, pid)
+
+    def spawn(self) -> tuple[socket.socket, int]:
+        """A new worker's (socket, pidfd). Blocks for the time of a fork of a small process (some 1-3 ms)."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            socket.send_fds(self._socket, [b"fork"], [theirs.fileno()])
+        _, fds, _, _ = socket.recv_fds(self._socket, 16, 1)
+        if not fds:
+            ours.close()
+            raise ChildProcessError("the fork server is gone")
+        return ours, fds[0]
+
+    def close(self) -> None:
+        """End the server and with it every worker; wait for the server."""
+        self._socket.close()
+        os.waitpid(self.pid, 0)
+
+
+def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are reaped by the kernel
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    _close_all_but(keep)
+    os.chdir("/")
+    gc.collect()
+    gc.freeze()
+    server = os.getpid()
+    while True:
+        message, fds, _, _ = socket.recv_fds(sock, 16, 1)
+        if not message:
+            os._exit(0)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                if os.getppid() == server:
+                    sock.close()
+                    serve(socket.socket(fileno=fds[0]))
+            finally:
+                os._exit(0)
+        pidfd = os.pidfd_open(pid)
+        sock.sendmsg([b"ok"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))])
+        os.close(pidfd)
+        os.close(fds[0])
+
+
+def _close_all_but(keep: set[int]) -> None:
+    for fd in sorted(int(name) for name in os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in keep:
+            try:
+                os.close(fd)
+            except OSError:
+                continue  # the descriptor of the listing itself

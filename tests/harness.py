@@ -1,0 +1,151 @@
+"""Mounts for tests: the real command on real directories, with proof at the end that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from cachefs.mount.mountinfo import find_mount, read_mounts
+
+CACHEFS = (sys.executable, "-m", "cachefs")
+
+
+def run_cachefs(
+    *arguments: object, check: bool = True, env: dict[str, str] | None = None, **keywords: object
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line; with `check`, an exit status other than 0 fails with what it said."""
+    done = subprocess.run(
+        [*CACHEFS, *map(os.fspath, map(_plain, arguments))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**clean_environment(), **(env or {})},
+        check=False,
+        **keywords,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"cachefs {arguments} exited with {done.returncode}: {done.stderr}{done.stdout}")
+    return done
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without settings for cachefs."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("CACHEFS_")}
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
+    """Wait for a condition, never for a time; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what}")
+        time.sleep(0.005)
+
+
+class MountedCache:
+    """One mount made by `cachefs mount`. `path` is where it appears."""
+
+    def __init__(self, source: Path, mountpoint: Path | None, scratch: Path, *options: object, **environment: str):
+        self.source = source
+        self.path = mountpoint or source
+        self.scratch = scratch
+        self.expected_log: list[str] = []
+        self.is_purging = False
+        places = [source] if mountpoint is None else [source, mountpoint]
+        self.started = run_cachefs("mount", *places, "--scratch", scratch, *options, env=environment)
+        self.pid = int(self.status()["pid"])
+        self.log = Path(str(self.status()["log"]))
+        self.processes = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+
+    def status(self) -> dict[str, object]:
+        return json.loads(run_cachefs("status", self.path, "--json").stdout)
+
+    def count(self, name: str) -> int:
+        """One counter of status."""
+        return int(self.status()[name])
+
+    def resident_data_files(self) -> list[Path]:
+        """The complete copies in scratch."""
+        return [path for path in (self.scratch / "files").rglob("*") if path.is_file()]
+
+    def expect_log(self, pattern: str) -> None:
+        """Warnings that match are part of the test."""
+        self.expected_log.append(pattern)
+
+    def is_mounted(self) -> bool:
+        mount = find_mount(self.path)
+        return mount is not None and mount.lease is not None and mount.lease[0] == self.scratch
+
+    def unmount(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """Unmount with the command; then nothing of the mount may be left. Fails on unexpected lines in its log."""
+        everything = self._processes()
+        log = self._read_log()
+        done = run_cachefs("umount", self.path, *options)
+        log = self._read_log() or log
+        assert not self.is_mounted(), f"{self.path} is still mounted"
+        wait_until(lambda: not any(p.is_running() for p in everything), "the processes of the mount end")
+        unexpected = [
+            line
+            for line in log.splitlines()
+            if re.search(r" (WARNING|ERROR|CRITICAL) |Traceback", line)
+            and not any(re.search(pattern, line) for pattern in self.expected_log)
+        ]
+        assert not unexpected, f"unexpected log lines: {unexpected}"
+        return done
+
+    def kill(self) -> None:
+        """SIGKILL the daemon, as a crash would, and wait until its workers have gone too."""
+        everything = self._processes()
+        os.kill(self.pid, signal.SIGKILL)
+        wait_until(lambda: not any(p.is_running() for p in everything), "the processes of the mount end")
+
+    def end(self) -> None:
+        """Whatever happened: leave no mount and no process."""
+        processes = self._processes()
+        try:
+            if self.is_mounted():
+                self.unmount()
+        finally:
+            if self.is_mounted():
+                detach(self.path)
+            for process in processes:
+                if process.is_running():
+                    process.kill()
+
+    def _processes(self) -> list[psutil.Process]:
+        found = {process.pid: process for process in self.processes if process.is_running()}
+        for process in list(found.values()):
+            try:
+                found.update({child.pid: child for child in process.children(recursive=True)})
+            except psutil.NoSuchProcess:
+                continue
+        self.processes = list(found.values())
+        return self.processes
+
+    def _read_log(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def detach(path: Path) -> None:
+    """Take a mount away, whatever state it is in."""
+    command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
+    subprocess.run([*command, os.fspath(path)], check=False, capture_output=True)
+
+
+def mounts_below(folder: Path) -> list[Path]:
+    return [mount.path for mount in read_mounts() if folder == mount.path or folder in mount.path.parents]
+
+
+def _plain(argument: object) -> str:
+    return (
+        argument if isinstance(argument, str) else os.fspath(argument) if isinstance(argument, Path) else str(argument)
+    )
