@@ -22,17 +22,20 @@ import xxhash
 
 from cachefs.cache.storage import Storage
 from cachefs.errors import SourceChangedError, StorageError
-from cachefs.source.attributes import is_same_content, pack_stat, size_of
+from cachefs.source.attributes import is_same_content, pack_stat, size_of, version_of
 from cachefs.source.handlers import open_version, source_errors
 from cachefs.source.tree import SourceTree
 from cachefs.workers.protocol import Handler
 
 SMALL_FILE_BYTES = 256 * 1024
 """Up to this size a file is one chunk."""
-_FIRST_CHUNK_BYTES = 512 * 1024
+_PIECE_BYTES = 512 * 1024  # of a read; chunks are of one piece at first
 _LARGEST_CHUNK_BYTES = 4 * 1024 * 1024
 _CHUNK_SECONDS = 0.1  # chunks grow while they take less than this, so that a slow source still shows progress
 _CHUNKS_AHEAD = 2
+_AHEAD_SECONDS = 0.05
+_MOST_AHEAD_BYTES = 8 * 1024 * 1024
+_WINDOW_BYTES = 128 * 1024  # the kernel's read-ahead on FUSE; on other file systems it is this or more
 _PROGRESS_SECONDS = 0.002
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05  # seconds between looks at a copy that another mount makes
 
@@ -117,20 +120,26 @@ class CopyHandlers:
         return whole
 
     def _copy(self, staged: int, name: bytes, path: bytes, version: bytes) -> Generator[int, None, bytes]:
+        size = size_of(version)
+        if size <= SMALL_FILE_BYTES:
+            return self._copy_small(staged, name, path, version, size)
         with source_errors(path):
             source, before = open_version(self._tree, path, version)
         try:
-            size = size_of(version)
-            if size <= SMALL_FILE_BYTES:
-                return self._copy_small(source, before, staged, name, path, size)
             return (yield from self._copy_large(source, before, staged, name, path, size))
         finally:
             os.close(source)
 
-    def _copy_small(self, source: int, before: bytes, staged: int, name: bytes, path: bytes, size: int) -> bytes:
+    def _copy_small(self, staged: int, name: bytes, path: bytes, version: bytes, size: int) -> bytes:
+        """One chunk. The version is asked for once, after reading: each question costs a round trip to the source."""
         with source_errors(path):
-            data = _read_exactly(source, 0, size)
-            self._check_unchanged(source, before, path, len(data) == size)
+            source = self._tree.open(path)
+            try:
+                data = _read_exactly(source, 0, size)
+                if version_of(pack_stat(os.fstat(source))) != version or len(data) != size:
+                    raise SourceChangedError(path)
+            finally:
+                os.close(source)
         with storage_errors(name):
             _write_all(staged, data, 0)
         return xxhash.xxh3_64_digest(data)
@@ -189,23 +198,25 @@ def _read_exactly(fd: int, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _write_all(fd: int, data: bytes, offset: int) -> None:
+def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     written = os.pwrite(fd, data, offset)
     while written < len(data):
         written += os.pwrite(fd, memoryview(data)[written:], offset + written)
 
 
 class _Reader:
-    """Reads a large file ahead in a thread. Iterating gives (bytes, length), or (None, length) for a hole."""
+    """Reads a large file ahead in a thread. Iterating gives (its bytes, length), or (None, length) for a hole."""
 
     def __init__(self, fd: int, size: int) -> None:
         self._fd = fd
         self._size = size
-        self._chunks: queue.Queue[tuple[bytes | OSError | None, int] | None] = queue.Queue(_CHUNKS_AHEAD)
+        self._chunks: queue.Queue[tuple[memoryview | OSError | None, int] | None] = queue.Queue(_CHUNKS_AHEAD)
         self._stopped = False
+        self._asked = self._got = 0
+        self._started = time.monotonic()
         self._thread = threading.Thread(target=self._read_all, name="source reader")
 
-    def __enter__(self) -> Iterator[tuple[bytes | OSError | None, int]]:
+    def __enter__(self) -> Iterator[tuple[memoryview | OSError | None, int]]:
         self._thread.start()
         return iter(self._chunks.get, None)
 
@@ -221,18 +232,15 @@ class _Reader:
     def _read_all(self) -> None:
         try:
             for start, end, is_hole in _extents(self._fd, self._size):
-                offset, length = start, _FIRST_CHUNK_BYTES
+                if is_hole:
+                    self._chunks.put((None, end - start))
+                    continue
+                offset, length = start, _PIECE_BYTES
                 while offset < end and not self._stopped:
-                    if is_hole:
-                        self._chunks.put((None, end - offset))
-                        break
                     length = min(length, end - offset)
-                    # asks for more at once than the kernel's own read-ahead does (128 KiB): what keeps a source
-                    # with latency busy; then drops the pages, which the staged copy has as well
-                    os.posix_fadvise(self._fd, offset, 2 * length, os.POSIX_FADV_WILLNEED)
                     began = time.monotonic()
-                    data = _read_exactly(self._fd, offset, length)
-                    self._chunks.put((data, length))
+                    self._chunks.put((self._read_chunk(offset, length), length))
+                    # the staged copy has these pages as well
                     os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
                     offset += length
                     if time.monotonic() - began < _CHUNK_SECONDS:
@@ -240,6 +248,31 @@ class _Reader:
         except OSError as error:
             self._chunks.put((error, 0))
         self._chunks.put(None)
+
+    def _read_chunk(self, offset: int, length: int) -> memoryview:
+        """`length` bytes, or fewer where the file ends before them."""
+        chunk = memoryview(bytearray(length))
+        got = 0
+        while got < length:
+            self._ask_ahead(offset + got)
+            count = os.preadv(self._fd, [chunk[got : got + _PIECE_BYTES]], offset + got)
+            if not count:
+                break
+            got += count
+            self._got += count
+        return chunk[:got]
+
+    def _ask_ahead(self, offset: int) -> None:
+        """Have the kernel ask for more at once than its own read-ahead would: what keeps a source with latency busy.
+
+        As much as has come in 50 ms on the average: enough to fill the source's pipe, and what a reader of another
+        part of the file has to wait behind. The kernel takes one read-ahead window of each advice at the most.
+        """
+        rate = self._got / max(time.monotonic() - self._started, 1e-3)
+        ahead = min(max(_PIECE_BYTES, int(rate * _AHEAD_SECONDS)), _MOST_AHEAD_BYTES)
+        for start in range(max(offset, self._asked), min(offset + ahead, self._size), _WINDOW_BYTES):
+            os.posix_fadvise(self._fd, start, _WINDOW_BYTES, os.POSIX_FADV_WILLNEED)
+            self._asked = start + _WINDOW_BYTES
 
 
 def _extents(fd: int, size: int) -> Iterator[tuple[int, int, bool]]:

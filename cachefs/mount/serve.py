@@ -186,6 +186,8 @@ async def _pools(fork_server: ForkServer) -> AsyncIterator[dict[str, WorkerPool]
     sizes = {"fetch": FETCH_WORKERS, "metadata": METADATA_WORKERS, "read": READ_WORKERS, "index": 1}
     pools = {name: WorkerPool(fork_server, name, size) for name, size in sizes.items()}
     try:
+        for pool in pools.values():
+            pool.start_one()
         yield pools
     finally:
         with trio.CancelScope(shield=True):

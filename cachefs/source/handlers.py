@@ -52,7 +52,7 @@ class SourceHandlers:
 
     def __init__(self, tree: SourceTree) -> None:
         self.tree = tree
-        self._files: OrderedDict[tuple[bytes, bytes], tuple[int, bytes]] = OrderedDict()
+        self._files: OrderedDict[tuple[bytes, bytes], tuple[int, bytes | None]] = OrderedDict()
 
     def table(self) -> Mapping[str, Handler]:
         return {
@@ -95,29 +95,37 @@ class SourceHandlers:
     def _check(self, path: bytes, version: bytes) -> Generator[Any, None, None]:
         yield from ()
         with source_errors(path):
-            self._open(path, version)
+            self._verify(self._open(path, version), path, version)
 
     def _read(self, path: bytes, version: bytes, offset: int, size: int) -> Generator[Any, None, None]:
         """Yield the bytes from `offset`, in packets; never bytes of another version."""
         with source_errors(path):
-            fd, before = self._open(path, version)
+            fd = self._open(path, version)
             data = os.pread(fd, size, offset)
-            if not is_same_content(before, pack_stat(os.fstat(fd))):
-                del self._files[path, version]
-                os.close(fd)
-                raise SourceChangedError(path)
+            self._verify(fd, path, version)
         view = memoryview(data)
         for start in range(0, len(data), PACKET_BYTES):
             yield bytes(view[start : start + PACKET_BYTES])
 
-    def _open(self, path: bytes, version: bytes) -> tuple[int, bytes]:
+    def _open(self, path: bytes, version: bytes) -> int:
+        """A descriptor of what is, or was when it was last verified, of this version."""
         known = self._files.get((path, version))
         if known is not None:
             self._files.move_to_end((path, version))
-            return known
-        opened = open_version(self.tree, path, version)
-        self._files[path, version] = opened
+            return known[0]
+        fd = self.tree.open(path)
+        self._files[path, version] = fd, None
         if len(self._files) > _OPEN_FILES:
             _, (oldest, _) = self._files.popitem(last=False)
             os.close(oldest)
-        return opened
+        return fd
+
+    def _verify(self, fd: int, path: bytes, version: bytes) -> None:
+        """Raise SourceChangedError unless all that was read so far is of `version`. One question to the source."""
+        now = pack_stat(os.fstat(fd))
+        _, before = self._files[path, version]
+        if not (version_of(now) == version if before is None else is_same_content(before, now)):
+            del self._files[path, version]
+            os.close(fd)
+            raise SourceChangedError(path)
+        self._files[path, version] = fd, now if before is None else before

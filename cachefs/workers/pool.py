@@ -121,6 +121,11 @@ class WorkerPool:
                 await worker.kill()
             self._pass_on(worker if finished else None)
 
+    def start_one(self) -> None:
+        """Have a worker ready before the first job comes."""
+        self._alive += 1
+        self._idle.append(self._spawn())
+
     async def _take(self) -> _Worker:
         if self._idle:
             return self._idle.pop()
