@@ -136,9 +136,7 @@ def _draw_crop(region: Image.Image, aspect: float, rng: random.Random) -> Callab
             *(a, b, centre_x - (a * columns + b * rows) / 2),
             *(d, e, centre_y - (d * columns + e * rows) / 2),
         )
-        return region.transform(
-            (columns, rows), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR
-        )
+        return region.transform((columns, rows), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR)
 
     return render
 

@@ -1,0 +1,1 @@
+"""What the demonstration, the tests and the benchmarks share: a slow source, a dataset and a loader."""
