@@ -156,6 +156,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
                 "capacity_bytes": capacity,
                 "resident_files": files,
                 "resident_bytes": stored,
+                "indexed_files": len(residency),
                 "hits": metrics.hits,
                 "misses": metrics.misses,
                 "bypasses": metrics.bypasses,

@@ -1,0 +1,1 @@
+"""Benchmarks of cachefs against its alternatives, side by side in one run."""
