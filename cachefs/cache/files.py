@@ -35,20 +35,21 @@ class ScratchReader:
     """Reads files of scratch: from the page cache at once, from the disk in a thread.
 
     Trying the page cache first costs some 10 us; a thread costs 170-340 us (design.md section 6). The threads have a
-    limit of their own, so that a slow disk never holds up anything else.
+    limit of their own, so that a slow disk never holds up anything else. Where scratch is `in_memory` (tmpfs, which
+    does not know RWF_NOWAIT) every read is one of the page cache.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, in_memory: bool) -> None:
         self._limiter = trio.CapacityLimiter(threads)
-        self._is_nowait_known = True
+        self._flags: int | None = 0 if in_memory else os.RWF_NOWAIT
 
     async def read(self, fd: int, offset: int, size: int) -> memoryview:
         """Up to `size` bytes; fewer only at the end of the file. Raises OSError."""
         view = memoryview(bytearray(size))
         got = 0
-        if self._is_nowait_known:
+        if self._flags is not None:
             try:
-                got = os.preadv(fd, [view], offset, os.RWF_NOWAIT)
+                got = os.preadv(fd, [view], offset, self._flags)
                 if got == size:
                     return view
             except BlockingIOError:
@@ -56,7 +57,7 @@ class ScratchReader:
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
-                self._is_nowait_known = False
+                self._flags = None
         more = await trio.to_thread.run_sync(_read_rest, fd, view, got, offset, limiter=self._limiter)
         return view[: got + more]
 

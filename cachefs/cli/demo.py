@@ -54,4 +54,4 @@ def demo(seed: int) -> None:
             f"{direct / result.seconds:.1f} x",
         )
     console.print(table)
-    console.print(f"Every byte was compared. Unmounted and purged; nothing is left.")
+    console.print("Every byte was compared. Unmounted and purged; nothing is left.")

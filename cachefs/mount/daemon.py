@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -38,8 +39,13 @@ def serve_in_background(settings: Settings) -> int:
         os.close(reading)
         _run_daemon(settings, writing)
     os.close(writing)
-    with os.fdopen(reading) as pipe:
-        line = pipe.read()
+    try:
+        with os.fdopen(reading) as pipe:
+            line = pipe.read()
+    except BaseException:  # interrupted: the mount that was asked for is not wanted any more
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+        raise
     if line:
         report = json.loads(line)
         if report.get("pid"):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
+import select
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 _BACKGROUND_REQUESTS = 1000
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Session:
@@ -45,6 +44,16 @@ class Session:
             limit.write_text(str(_BACKGROUND_REQUESTS))
         except OSError as error:
             log.info("read-ahead limit not raised error=%r", error.strerror)
+
+    async def end_when_unmounted(self, end: Callable[[], None]) -> None:
+        """Call `end` when the kernel has closed the connection.
+
+        An epoll set that asks for nothing still reports errors, which is what the device's descriptor shows then.
+        """
+        with select.epoll() as errors:
+            errors.register(_fuse_descriptor(), 0)
+            await trio.lowlevel.wait_readable(errors.fileno())
+        end()
 
     async def announce(self, on_ready: Callable[[], None]) -> None:
         """Call `on_ready` when the mount answers."""
@@ -82,3 +91,14 @@ async def mounted_session(operations: pyfuse3.Operations, settings: Settings, le
         yield session
     finally:
         session.unmount()
+
+
+def _fuse_descriptor() -> int:
+    """libfuse's descriptor of the FUSE device, which pyfuse3 does not give."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                return int(name)
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself
+    raise RuntimeError("no descriptor of /dev/fuse is open")

@@ -15,6 +15,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyfuse3
@@ -46,6 +47,7 @@ from cachefs.mount.leases import (
     process_started,
     scratch_lock,
 )
+from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount
 from cachefs.source.client import Source
 from cachefs.source.handlers import SourceHandlers
 from cachefs.source.tree import SourceTree
@@ -142,7 +144,15 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
         lifetime = min(settings.metadata_ttl * _DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME)
         source = Source(pools["metadata"], pools["read"], settings.source_timeout or math.inf)
         fetches = Fetches(nursery, pools["fetch"], grounds.storage, residency, keeper, metrics, source.timeout)
-        cache = Cache(source, grounds.storage, residency, keeper, fetches, ScratchReader(SCRATCH_THREADS), metrics)
+        cache = Cache(
+            source,
+            grounds.storage,
+            residency,
+            keeper,
+            fetches,
+            ScratchReader(SCRATCH_THREADS, in_memory=_is_in_memory(settings.scratch)),
+            metrics,
+        )
         filesystem = FileSystem(source, cache, nursery, settings.metadata_ttl - lifetime)
         nursery.start_soon(_load, residency, os.fsencode(settings.source))
 
@@ -177,7 +187,10 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
         async with mounted_session(Operations(filesystem), settings, lease.record.id) as session:
             session.tune()
             async with _cancelled_nursery() as session_nursery:
-                session_nursery.start_soon(_end_on_signal)
+                # requests that wait for a hung source would keep pyfuse3's loop from ending: cancelling ends them
+                end = session_nursery.cancel_scope.cancel
+                session_nursery.start_soon(_end_on_signal, end)
+                session_nursery.start_soon(session.end_when_unmounted, end)
                 session_nursery.start_soon(session.announce, on_ready)
                 await pyfuse3.main(min_tasks=_MIN_IDLE_TASKS, max_tasks=_MAX_TASKS)
 
@@ -250,6 +263,11 @@ async def _join(stack: AsyncExitStack, grounds: Grounds, index: WorkerPool) -> t
     return lease, ledger, size
 
 
+def _is_in_memory(scratch: Path) -> bool:
+    mount = containing_mount(scratch)
+    return mount is not None and mount.fstype in MEMORY_FSTYPES
+
+
 async def _load(residency: Residency, source: bytes) -> None:
     try:
         await residency.load(source)
@@ -259,8 +277,8 @@ async def _load(residency: Residency, source: bytes) -> None:
     await residency.write_behind()
 
 
-async def _end_on_signal() -> None:
+async def _end_on_signal(end: Callable[[], None]) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("ending signal=%s", signal.Signals(number).name)
-            pyfuse3.terminate()
+            end()

@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -34,8 +35,8 @@ _KILL_SECONDS = 2.0
 """How long to wait for a killed worker: one that is stuck in the kernel may outlive this."""
 
 
-class WorkerBugError(Exception):
-    """A handler raised something that it should not have. The message is its traceback."""
+class WorkerBugError(OSError):
+    """A handler raised something that it should not have; its traceback is in the log. The errno is EIO."""
 
 
 @dataclass
@@ -114,7 +115,8 @@ class WorkerPool:
                 if kind == ERROR:
                     raise _rebuild(*rest)
                 if kind == BUG:
-                    raise WorkerBugError(rest[0])
+                    log.error("bug in worker job=%s\n%s", job[0], rest[0])
+                    raise WorkerBugError(errno.EIO, "a bug of cachefs", what)
                 return rest[0]
         finally:
             if not finished:
