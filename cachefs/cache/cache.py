@@ -27,6 +27,10 @@ _OPEN_PATIENCE = 0.1
 """Seconds for which an open waits for the source's first word, so that errors and changes of the source come from
 open(2), where programs expect them, and not from read(2). The copy itself it does not wait for."""
 
+_INDEX_PATIENCE = 1.0
+"""Seconds for which an open of a file that is not resident waits until the index is read, or scratch counted after a
+crash. Then the source serves: a million files can take longer than anybody should wait."""
+
 
 class Cache:
     """The cache of one mount: opens files of the source through scratch."""
@@ -62,8 +66,10 @@ class Cache:
             return self._file(name, path, version, fd=fd)
         fetch = self._fetches.get(name)
         if fetch is None:
-            await self._residency.loaded.wait()
-            fetch = await self._start_fetch(name, path, version)
+            with trio.move_on_after(_INDEX_PATIENCE):
+                await self._residency.loaded.wait()
+            if self._residency.loaded.is_set():
+                fetch = await self._start_fetch(name, path, version)
         if fetch is not None:
             with trio.move_on_after(_OPEN_PATIENCE):
                 while not (fetch.is_open or fetch.is_over):

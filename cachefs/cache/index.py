@@ -168,6 +168,7 @@ class IndexHandlers:
     def table(self) -> Mapping[str, Handler]:
         return {
             "reconcile": _storage_errors(self._reconcile),
+            "count": self._count,
             "load": _storage_errors(self._load),
             "record": _storage_errors(self._record),
             "unused": _storage_errors(self._unused),
@@ -191,6 +192,12 @@ class IndexHandlers:
             for suffix in ("", "-wal", "-shm"):
                 self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
             return self._index.reconcile(self._storage)
+
+    def _count(self) -> Generator[Any, None, tuple[int, int]]:
+        """(bytes, files) in scratch, without the index."""
+        yield from ()
+        sizes = [size for _, _, size in self._storage.scan()]
+        return sum(sizes), len(sizes)
 
     def _load(self, dataset: bytes, source: bytes) -> Generator[Any, None, None]:
         self._index.use_dataset(dataset, source)

@@ -32,21 +32,14 @@ from cachefs.cache.residency import Residency
 from cachefs.cache.scratch import Scratch
 from cachefs.cache.storage import Storage
 from cachefs.config import Settings
-from cachefs.errors import CachefsError, StorageError, describe
+from cachefs.errors import CachefsError, describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.operations import Operations
 from cachefs.metrics import Metrics
 from cachefs.mount.control import serve_control
 from cachefs.mount.fuse_session import mounted_session
-from cachefs.mount.leases import (
-    Lease,
-    LeaseRecord,
-    boot_id,
-    live_leases,
-    new_lease_id,
-    process_started,
-    scratch_lock,
-)
+from cachefs.mount.leases import boot_id
+from cachefs.mount.membership import Membership
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount
 from cachefs.source.client import Source
 from cachefs.source.handlers import SourceHandlers
@@ -62,6 +55,7 @@ METADATA_WORKERS = 8
 READ_WORKERS = 8
 SCRATCH_THREADS = 8
 _DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME = 0.1, 5.0
+_LAST_WRITE_SECONDS = 10.0
 _MIN_IDLE_TASKS, _MAX_TASKS = 8, 100_000
 """pyfuse3's tasks: a request that waits for the source keeps its own, so their number must not be the limit."""
 
@@ -75,7 +69,6 @@ class Grounds:
     storage: Storage
     fork_server: ForkServer
     dataset: bytes
-    boot: str
 
 
 def lay_grounds(settings: Settings, scratch: Scratch) -> Grounds:
@@ -84,8 +77,7 @@ def lay_grounds(settings: Settings, scratch: Scratch) -> Grounds:
         source_fd = os.open(settings.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise CachefsError(f"source {settings.source} cannot be opened: {describe(error)}") from None
-    boot = boot_id()
-    storage = Storage(scratch.fd, boot)
+    storage = Storage(scratch.fd, boot_id())
     lifetime = min(settings.metadata_ttl * _DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME)
     index_path = scratch.path / "index.db"
 
@@ -103,7 +95,7 @@ def lay_grounds(settings: Settings, scratch: Scratch) -> Grounds:
     fork_server = ForkServer.start(work, keep_fds=[source_fd, *storage.fds])
     os.close(source_fd)  # the workers have it; the event loop never touches the source itself
     dataset = hashlib.blake2b(os.fsencode(settings.source), digest_size=16).digest()
-    return Grounds(settings, scratch, storage, fork_server, dataset, boot)
+    return Grounds(settings, scratch, storage, fork_server, dataset)
 
 
 def serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
@@ -122,14 +114,13 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         pools = await stack.enter_async_context(_pools(grounds.fork_server))
-        # leaving the nursery ends every fetch, before the pools and the lease go
-        lease, ledger, capacity = await _join(stack, grounds, pools["index"])
+        membership = Membership(settings, grounds.scratch, grounds.storage, grounds.dataset)
+        stack.callback(membership.leave)
+        ledger = membership.ledger
+        capacity = _capacity_bytes(settings, grounds.storage, ledger)
+        # leaving the nursery ends every fetch, before the membership and the pools go
         nursery = await stack.enter_async_context(_cancelled_nursery())
-        residency = Residency(grounds.dataset, grounds.boot, pools["index"], recency=settings.policy == "lru")
-
-        def live_datasets() -> list[bytes]:
-            return [bytes.fromhex(record.dataset) for record in live_leases(grounds.scratch)]
-
+        residency = Residency(grounds.dataset, grounds.storage.boot, pools["index"], recency=settings.policy == "lru")
         keeper = CapacityKeeper(
             capacity,
             settings.policy,
@@ -138,7 +129,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
             residency,
             copies=pools["fetch"],
             index=pools["index"],
-            live_datasets=live_datasets,
+            live_datasets=membership.live_datasets,
             metrics=metrics,
         )
         lifetime = min(settings.metadata_ttl * _DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME)
@@ -154,7 +145,8 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
             metrics,
         )
         filesystem = FileSystem(source, cache, nursery, settings.metadata_ttl - lifetime)
-        nursery.start_soon(_load, residency, os.fsencode(settings.source))
+        source_name = os.fsencode(settings.source)
+        nursery.start_soon(_look_after_index, membership, residency, source_name, pools["index"])
 
         def status(_: Mapping[str, Any]) -> dict[str, Any]:
             stored, files = ledger.stored()
@@ -181,10 +173,10 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
                 "log": str(settings.scratch / "logs" / f"{os.getpid()}.log"),
             }
 
-        await nursery.start(serve_control, grounds.scratch, lease.record.id, {"status": status})
-        stack.push_async_callback(residency.flush)
+        await nursery.start(serve_control, grounds.scratch, membership.record.id, {"status": status})
+        stack.push_async_callback(_write_last, residency)
         stack.callback(filesystem.close)
-        async with mounted_session(Operations(filesystem), settings, lease.record.id) as session:
+        async with mounted_session(Operations(filesystem), settings, membership.record.id) as session:
             session.tune()
             async with _cancelled_nursery() as session_nursery:
                 # requests that wait for a hung source would keep pyfuse3's loop from ending: cancelling ends them
@@ -219,48 +211,12 @@ async def _cancelled_nursery() -> AsyncIterator[trio.Nursery]:
             nursery.cancel_scope.cancel()
 
 
-async def _join(stack: AsyncExitStack, grounds: Grounds, index: WorkerPool) -> tuple[Lease, Ledger, int]:
-    """Take a lease and a place in the ledger, count afresh where need be, and fix the capacity in bytes."""
-    scratch, settings, storage = grounds.scratch, grounds.settings, grounds.storage
-    record = LeaseRecord(
-        id=new_lease_id(),
-        pid=os.getpid(),
-        process_started=process_started(os.getpid()),
-        boot=grounds.boot,
-        source=str(settings.source),
-        mountpoint=str(settings.mountpoint),
-        dataset=grounds.dataset.hex(),
-    )
-    with scratch_lock(scratch):
-        others = live_leases(scratch, drop_dead=True)
-        ledger = Ledger(scratch.fd, record.id, grounds.boot)
-        lease = Lease(scratch, record)
-        trusted = ledger.join([other.id for other in others])
-        if not trusted:
-            try:
-                ledger.set_stored(*await index.run(("reconcile",), what="index"))
-            except StorageError as error:
-                raise CachefsError(
-                    f"the index of scratch {scratch.path} is not usable ({describe(error)})",
-                    "purge the scratch or choose another with --scratch",
-                ) from None
-
-    def leave() -> None:
-        with scratch_lock(scratch):
-            alone = [record.id] == [other.id for other in live_leases(scratch)]
-            if alone:
-                storage.discard_abandoned()
-            ledger.leave(clean=alone)
-            scratch.at("sockets", record.id).unlink(missing_ok=True)
-            lease.release()
-
-    stack.callback(leave)
+def _capacity_bytes(settings: Settings, storage: Storage, ledger: Ledger) -> int:
+    if settings.capacity.size is not None:
+        return settings.capacity.size
     available, _ = storage.space()
     stored, _ = ledger.stored()
-    size = settings.capacity.size
-    if size is None:
-        size = int((settings.capacity.share or 0.0) * (available + stored))
-    return lease, ledger, size
+    return int((settings.capacity.share or 0.0) * (available + stored))
 
 
 def _is_in_memory(scratch: Path) -> bool:
@@ -268,13 +224,20 @@ def _is_in_memory(scratch: Path) -> bool:
     return mount is not None and mount.fstype in MEMORY_FSTYPES
 
 
-async def _load(residency: Residency, source: bytes) -> None:
+async def _look_after_index(membership: Membership, residency: Residency, source: bytes, index: WorkerPool) -> None:
+    """Count what scratch holds if need be, read the index, and write it behind for ever. The mount serves meanwhile."""
+    await membership.count(index)
     try:
         await residency.load(source)
-    except StorageError as error:
-        log.warning("index not read error=%r", error.strerror)
+    except OSError as error:
+        log.warning("index not read error=%r", describe(error))
         residency.loaded.set()
     await residency.write_behind()
+
+
+async def _write_last(residency: Residency) -> None:
+    with trio.move_on_after(_LAST_WRITE_SECONDS):
+        await residency.flush()
 
 
 async def _end_on_signal(end: Callable[[], None]) -> None:

@@ -1,0 +1,73 @@
+"""A mount's place among those that share its scratch: its lease, its slot in the ledger, and a count that is right.
+
+Invariants:
+- Joining, counting and leaving happen under scratch's lock, so no two mounts do them at once.
+- The lock is held until the count is right. Until then this mount stores nothing, and no other mount can join.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+
+from cachefs.cache.ledger import Ledger
+from cachefs.cache.scratch import Scratch
+from cachefs.cache.storage import Storage
+from cachefs.config import Settings
+from cachefs.errors import StorageError, describe
+from cachefs.mount.leases import Lease, LeaseRecord, live_leases, new_lease_id, process_started, scratch_lock
+from cachefs.workers.pool import WorkerPool
+
+log = logging.getLogger(__name__)
+
+
+class Membership:
+    """Joins on construction; `leave` at the end."""
+
+    def __init__(self, settings: Settings, scratch: Scratch, storage: Storage, dataset: bytes) -> None:
+        self._scratch = scratch
+        self._storage = storage
+        self.record = LeaseRecord(
+            id=new_lease_id(),
+            pid=os.getpid(),
+            process_started=process_started(os.getpid()),
+            boot=storage.boot,
+            source=str(settings.source),
+            mountpoint=str(settings.mountpoint),
+            dataset=dataset.hex(),
+        )
+        with ExitStack() as joining:
+            joining.enter_context(scratch_lock(scratch))
+            others = live_leases(scratch, drop_dead=True)
+            self.ledger = Ledger(scratch.fd, self.record.id, storage.boot)
+            self._lease = Lease(scratch, self.record)
+            self._is_counted = self.ledger.join([other.id for other in others])
+            self._joining = ExitStack() if self._is_counted else joining.pop_all()
+
+    def live_datasets(self) -> list[bytes]:
+        """The datasets of all live mounts of this scratch."""
+        return [bytes.fromhex(record.dataset) for record in live_leases(self._scratch)]
+
+    async def count(self, index: WorkerPool) -> None:
+        """Count afresh what scratch holds, where the count that was found may be wrong; let others join."""
+        with self._joining:
+            if self._is_counted:
+                return
+            try:
+                stored = await index.run(("reconcile",), what="index")
+            except StorageError as error:
+                log.warning("index not reconciled error=%r", describe(error))
+                stored = await index.run(("count",), what="scratch")
+            self.ledger.set_stored(*stored)
+            self._is_counted = True
+
+    def leave(self) -> None:
+        self._joining.close()
+        with scratch_lock(self._scratch):
+            is_alone = [self.record.id] == [other.id for other in live_leases(self._scratch)]
+            if is_alone:
+                self._storage.discard_abandoned()
+            self.ledger.leave(clean=is_alone and self._is_counted)
+            self._scratch.at("sockets", self.record.id).unlink(missing_ok=True)
+            self._lease.release()
