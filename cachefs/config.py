@@ -22,7 +22,7 @@ RESERVED_SHARE = 0.05
 """Share of scratch's file system that stays free whatever the capacity says."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])i?)?B?", re.IGNORECASE)
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
@@ -31,7 +31,12 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"{text!r} is not a size", "write a number with K, M, G or T, such as 300G")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    try:
+        whole, _, part = match[1].partition(".")
+        scale: int = 10 ** len(part)
+        return int(whole + part) * _UNITS[(match[2] or "").upper()] // scale
+    except ValueError:  # thousands of digits
+        raise UsageError("the size is too long to be a number") from None
 
 
 def parse_seconds(text: str) -> float:
@@ -92,9 +97,17 @@ def default_scratch() -> Path:
     """The job's own directory inside a Grid Engine or Slurm job, else one for each user in the temporary directory."""
     job = os.environ.get("JOB_ID") or os.environ.get("SLURM_JOB_ID")
     job_directory = os.environ.get("TMPDIR")
-    if job and job_directory:
+    if job and job_directory and not _is_shared(job_directory):
         return Path(job_directory) / "cachefs"
     return Path(tempfile.gettempdir()) / f"cachefs-{os.getuid()}"
+
+
+def _is_shared(directory: str) -> bool:
+    """Whether it is somebody else's, as /tmp is: Slurm makes no TMPDIR of its own unless it is configured to."""
+    try:
+        return os.stat(directory).st_uid != os.geteuid()
+    except OSError:
+        return False  # the mount will say what is wrong with it
 
 
 def format_size(size: float) -> str:

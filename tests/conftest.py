@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cachefs.demo.slow_source import SlowSource
-from tests.harness import MountedCache, detach, mounts_below
+from tests.harness import MountedCache, cachefs_mounts_below, detach
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., MountedCache]]:
             cache.end()
         except AssertionError as error:
             errors.append(str(error))
-    left = mounts_below(tmp_path)
+    left = cachefs_mounts_below(tmp_path)
     for path in left:
         detach(path)
     assert not errors, errors

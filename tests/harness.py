@@ -145,6 +145,11 @@ def mounts_below(folder: Path) -> list[Path]:
     return [mount.path for mount in read_mounts() if folder == mount.path or folder in mount.path.parents]
 
 
+def cachefs_mounts_below(folder: Path) -> list[Path]:
+    mounts = [mount for mount in read_mounts() if mount.lease is not None]
+    return [mount.path for mount in mounts if folder == mount.path or folder in mount.path.parents]
+
+
 def _plain(argument: object) -> str:
     return (
         argument if isinstance(argument, str) else os.fspath(argument) if isinstance(argument, Path) else str(argument)

@@ -110,6 +110,7 @@ class Cache:
 
     async def _start_fetch(self, name: bytes, path: bytes, version: bytes) -> Fetch | None:
         """The fetch of a file that is not resident, a new one or somebody else's; None if there is no room."""
+        self._residency.supersede(name)
         earlier = self._earlier(name)
         if earlier is None and not await self._reserve(size_of(version)):
             return None

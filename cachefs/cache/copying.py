@@ -23,7 +23,7 @@ import xxhash
 from cachefs.cache.storage import Storage
 from cachefs.errors import SourceChangedError, StorageError
 from cachefs.source.attributes import is_same_content, pack_stat, size_of, version_of
-from cachefs.source.handlers import open_version, source_errors
+from cachefs.source.handlers import file_errors, open_version
 from cachefs.source.tree import SourceTree
 from cachefs.workers.protocol import Handler
 
@@ -39,11 +39,12 @@ _WINDOW_BYTES = 128 * 1024  # the kernel's read-ahead on FUSE; on other file sys
 _PROGRESS_SECONDS = 0.002
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05  # seconds between looks at a copy that another mount makes
 
-COPIED, FOUND, REVIVED = "copied", "found", "revived"
-"""How a fetch ended: copied from the source; another mount had it; an earlier boot's copy proved whole."""
+COPIED, FOUND, REVIVED, DROPPED = "copied", "found", "revived", "dropped"
+"""How a fetch ended: copied from the source; another mount had it; an earlier boot's copy proved whole; or did not,
+so that it was dropped and nothing was copied."""
 
 FetchResult = tuple[str, bytes, int]
-"""(COPIED, FOUND or REVIVED; checksum, or b"" where it was found; bytes read from the source)."""
+"""(how it ended; checksum, or b"" where it is not known; bytes read from the source, or of the dropped copy)."""
 
 
 @contextmanager
@@ -80,19 +81,25 @@ class CopyHandlers:
     def _fetch(
         self, name: bytes, path: bytes, version: bytes, earlier_boot: str, earlier_checksum: bytes
     ) -> Generator[int, None, FetchResult]:
-        """Bring `path` of `version` into scratch as `name`; yield the frontier (0 once the source file is open)."""
+        """Bring `path` of `version` into scratch as `name`; yield the frontier (0 once the source file is open).
+
+        With an `earlier_boot` it is only looked whether the copy of that boot is good.
+        """
         pause = _FIRST_PAUSE
+        frontier = -1
         while (staged := self._storage.stage(name)) is None:
-            yield self._storage.frontier(name)
+            if self._storage.frontier(name) > frontier:  # a copy that stands still must not look alive
+                frontier = self._storage.frontier(name)
+                yield frontier
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE)
         try:
             if self._storage.has(name):
                 self._storage.discard_held(name)
                 return FOUND, b"", 0
-            if earlier_boot and self._revive(name, earlier_boot, earlier_checksum):
+            if earlier_boot:
                 self._storage.discard_held(name)
-                return REVIVED, earlier_checksum, 0
+                return self._revive(name, earlier_boot, earlier_checksum)
             try:
                 checksum = yield from self._copy(staged, name, path, version)
                 self._storage.commit(name)
@@ -103,27 +110,26 @@ class CopyHandlers:
         finally:
             os.close(staged)
 
-    def _revive(self, name: bytes, boot: str, checksum: bytes) -> bool:
+    def _revive(self, name: bytes, boot: str, checksum: bytes) -> FetchResult:
         """Take over a copy from before the last boot if its content is what was written; drop it if not."""
         fd = self._storage.open_earlier(name, boot)
         if fd is None:
-            raise StorageError(errno.ENOENT, "the earlier copy is gone", name.hex())
+            return DROPPED, b"", 0
         try:
             with storage_errors(name):
-                whole = checksum_of(fd) == checksum
+                is_whole = checksum_of(fd) == checksum
         finally:
             os.close(fd)
-        if whole:
-            self._storage.adopt(name, boot)
-        else:
-            self._storage.remove(name, boot)
-        return whole
+        if not is_whole:
+            return DROPPED, b"", max(0, self._storage.remove(name, boot))
+        self._storage.adopt(name, boot)
+        return REVIVED, checksum, 0
 
     def _copy(self, staged: int, name: bytes, path: bytes, version: bytes) -> Generator[int, None, bytes]:
         size = size_of(version)
         if size <= SMALL_FILE_BYTES:
             return self._copy_small(staged, name, path, version, size)
-        with source_errors(path):
+        with file_errors(path):
             source, before = open_version(self._tree, path, version)
         try:
             return (yield from self._copy_large(source, before, staged, name, path, size))
@@ -132,7 +138,7 @@ class CopyHandlers:
 
     def _copy_small(self, staged: int, name: bytes, path: bytes, version: bytes, size: int) -> bytes:
         """One chunk. The version is asked for once, after reading: each question costs a round trip to the source."""
-        with source_errors(path):
+        with file_errors(path):
             source = self._tree.open(path)
             try:
                 data = _read_exactly(source, 0, size)
@@ -153,7 +159,7 @@ class CopyHandlers:
         said_at = time.monotonic()
         with _Reader(source, size) as chunks:
             for chunk, length in chunks:
-                with source_errors(path):
+                with file_errors(path):
                     if isinstance(chunk, OSError):
                         raise chunk
                     self._check_unchanged(source, before, path, chunk is None or len(chunk) == length)

@@ -8,13 +8,15 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
+from collections.abc import Callable
 
 import trio
 
 from cachefs.cache.capacity import CapacityKeeper
-from cachefs.cache.copying import COPIED
+from cachefs.cache.copying import COPIED, DROPPED, FetchResult
 from cachefs.cache.residency import Residency, Resident
 from cachefs.cache.storage import Storage
 from cachefs.errors import SourceError, StorageError, describe
@@ -41,6 +43,17 @@ class Fetch:
         self.is_over = False
         self.error: OSError | None = None
         self._watchers = trio.lowlevel.ParkingLot()
+        self._followers: list[Callable[[], None]] = []
+
+    def follow(self, call: Callable[[], None]) -> None:
+        """Have `call` called, without an await in between, when the fetch is over; at once if it is."""
+        if self.is_over:
+            call()
+        else:
+            self._followers.append(call)
+
+    def unfollow(self, call: Callable[[], None]) -> None:
+        self._followers.remove(call)
 
     async def progress(self) -> None:
         """Wait until something changes."""
@@ -56,6 +69,9 @@ class Fetch:
         self.error = error
         if error is None:
             self.frontier = self.size
+        followers, self._followers = self._followers, []
+        for call in followers:
+            call()
         self._watchers.unpark_all()
 
     @property
@@ -110,39 +126,55 @@ class Fetches:
                 fetch.finish(StorageError(0, "the fetch was given up"))
 
     async def _copy(self, fetch: Fetch, earlier: Resident | None) -> None:
-        job = (
-            "fetch",
-            fetch.name,
-            fetch.path,
-            fetch.version,
-            earlier.boot if earlier else "",
-            earlier.checksum if earlier else b"",
-        )
-        reserved = 0 if earlier else fetch.size
+        reserved = None if earlier else fetch.size
         try:
-            how, checksum, copied = await self._pool.run(
-                job, what=f"fetch {fetch.path!r}", timeout=self._timeout, on_progress=fetch.advance
-            )
-            self._metrics.source_bytes_read += copied
-            if how == COPIED:
-                self._metrics.fetches += 1
-                if reserved:
+            if earlier is not None and not await self._revive(fetch, earlier):
+                if not await self._capacity.reserve(fetch.size):
+                    raise StorageError(errno.ENOSPC, "no room for another copy", fetch.path)
+                reserved, earlier = fetch.size, None
+            if earlier is None:
+                how, checksum, copied = await self._run_job(fetch, "", b"")
+                if how == COPIED:
+                    self._metrics.source_bytes_read += copied
+                    self._metrics.fetches += 1
                     self._capacity.settle(fetch.size)
-                    reserved = 0
-            self._residency.add(fetch.name, fetch.path, fetch.version, checksum)
+                    reserved = None
+                self._residency.add(fetch.name, fetch.path, fetch.version, checksum)
             fetch.finish(None)
         except OSError as error:
             self._metrics.fetch_errors += 1
             self._metrics.source_bytes_read += fetch.frontier
-            self._storage.discard_staged(fetch.name)
-            if earlier and not self._storage.has(fetch.name, earlier.boot):
-                self._residency.discard(fetch.name)
-                self._capacity.lose(fetch.size)
+            self._discard_staged(fetch)
             if isinstance(error, StorageError):
                 self._capacity.suspend()
             level = logging.INFO if isinstance(error, SourceError) else logging.WARNING
             log.log(level, "fetch failed path=%r error=%r", fetch.path, describe(error))
             fetch.finish(error)
         finally:
-            if reserved:
+            if reserved is not None:
                 self._capacity.release(reserved)
+
+    async def _revive(self, fetch: Fetch, earlier: Resident) -> bool:
+        """Take over the copy of an earlier boot if it proves whole."""
+        how, checksum, dropped = await self._run_job(fetch, earlier.boot, earlier.checksum)
+        if how == DROPPED:
+            self._residency.discard(fetch.name)
+            if dropped:  # else another mount has evicted it
+                log.warning("damaged copy dropped path=%r copy=%s", fetch.path, fetch.name.hex())
+                self._capacity.lose(dropped)
+            return False
+        self._residency.add(fetch.name, fetch.path, fetch.version, checksum)
+        return True
+
+    async def _run_job(self, fetch: Fetch, earlier_boot: str, earlier_checksum: bytes) -> FetchResult:
+        job = ("fetch", fetch.name, fetch.path, fetch.version, earlier_boot, earlier_checksum)
+        result: FetchResult = await self._pool.run(
+            job, what=f"fetch {fetch.path!r}", timeout=self._timeout, on_progress=fetch.advance
+        )
+        return result
+
+    def _discard_staged(self, fetch: Fetch) -> None:
+        try:
+            self._storage.discard_staged(fetch.name)
+        except StorageError as error:
+            log.warning("staged copy not removed path=%r error=%r", fetch.path, describe(error))

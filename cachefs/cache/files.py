@@ -18,7 +18,7 @@ import trio
 from cachefs.cache.fetches import Fetch
 from cachefs.cache.read_ahead import ReadAhead
 from cachefs.cache.storage import Storage
-from cachefs.errors import SourceError, StorageError
+from cachefs.errors import SourceChangedError, SourceError, StorageError
 from cachefs.metrics import Metrics
 from cachefs.source.attributes import size_of
 
@@ -98,7 +98,13 @@ class OpenFile:
         self._metrics = metrics
         self._fd = fd
         self._fetch = fetch
+        self._reads = 0
+        self._retired: list[int] = []
         self._read_ahead: ReadAhead | None = None
+        self.is_stale = False
+        """Whether the source was seen to have another version: then a new open must not share this file."""
+        if fetch is not None:
+            fetch.follow(self._end_fetch)
 
     async def read(self, offset: int, size: int) -> Buffer:
         """The bytes from `offset`, `size` of them or up to the end. Raises SourceError."""
@@ -112,17 +118,19 @@ class OpenFile:
     @property
     def kind(self) -> str:
         """What serves it now: "hit", "miss" or "bypass"."""
-        if self._fetch is not None and not self._fetch.is_over:
+        if self._fetch is not None:
             return "miss"
-        return "bypass" if self._fetch is None and self._fd is None else "hit"
+        return "bypass" if self._fd is None else "hit"
 
     def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        if self._fetch is not None:
+            self._fetch.unfollow(self._end_fetch)
+            self._fetch = None
+        self._retire()
 
     async def _read(self, offset: int, size: int) -> Buffer:
-        if self._fetch is not None and not await self._has_come(self._fetch, offset, offset + size):
+        fetch = self._fetch
+        if fetch is not None and not await self._has_come(fetch, offset, offset + size):
             return await self._read_source(offset, size)
         if self._fd is not None:
             data = await self._read_scratch(self._fd, offset, size)
@@ -139,22 +147,19 @@ class OpenFile:
             if start > fetch.frontier + max(_NEAR_BYTES, fetch.rate * _NEAR_SECONDS):
                 return False
             await fetch.progress()
-        if not fetch.is_over:
-            if self._fd is None:
-                self._fd = self._open_copy(staged=True)
-            return self._fd is not None
-        self._leave(fetch)
-        if isinstance(fetch.error, SourceError):
+        if isinstance(fetch.error, SourceError) and fetch.frontier < end:
             raise fetch.error
-        return fetch.error is None
+        if not fetch.is_over and self._fd is None:
+            self._fd = self._open_copy(staged=True)
+        return self._fd is not None
 
-    def _leave(self, fetch: Fetch) -> None:
-        """The fetch has ended: from now on the copy serves, or the source where there is none."""
-        if self._fetch is None:
-            return
-        self._fetch = None
+    def _end_fetch(self) -> None:
+        """The fetch is over: from now on the copy serves, which is held on to, or the source where there is none."""
+        fetch, self._fetch = self._fetch, None
+        assert fetch is not None  # it calls this once
+        self.is_stale |= isinstance(fetch.error, SourceChangedError)
         if fetch.error is not None:
-            self.close()
+            self._retire()
         elif self._fd is None:
             self._fd = self._open_copy(staged=False)
         else:
@@ -169,8 +174,22 @@ class OpenFile:
             log.warning("scratch failed path=%r error=%r", self.path, error.strerror)
             return None
 
+    def _retire(self) -> None:
+        """Close the descriptor as soon as no thread reads from it: its number may be another file's right after."""
+        if self._fd is not None:
+            self._retired.append(self._fd)
+            self._fd = None
+        self._close_retired()
+
+    def _close_retired(self) -> None:
+        if not self._reads:
+            for fd in self._retired:
+                os.close(fd)
+            self._retired.clear()
+
     async def _read_scratch(self, fd: int, offset: int, size: int) -> Buffer | None:
         """The bytes, or None where scratch has failed."""
+        self._reads += 1
         try:
             data = await self._scratch_reader.read(fd, offset, size)
         except OSError as error:
@@ -179,6 +198,9 @@ class OpenFile:
             if len(data) == size:
                 return data
             reason = f"{len(data)} bytes at {offset} instead of {size}"
+        finally:
+            self._reads -= 1
+            self._close_retired()
         log.warning("scratch failed path=%r copy=%s error=%r", self.path, self._name.hex(), reason)
         return None
 
@@ -188,7 +210,11 @@ class OpenFile:
         return await self._read_ahead.read(offset, size)
 
     async def _count_source_read(self, offset: int, size: int) -> bytes:
-        data = await self._source_read(self.path, self._version, offset, size)
+        try:
+            data = await self._source_read(self.path, self._version, offset, size)
+        except SourceChangedError:
+            self.is_stale = True
+            raise
         self._metrics.source_bytes_read += len(data)
         if len(data) != size:
             raise SourceError(errno.EIO, f"the source gave {len(data)} bytes instead of {size}", self.path)

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-_HEADER = struct.Struct("<8sqq36sB")  # magic, stored bytes, stored files, boot id of the last clean end, clean?
+_HEADER = struct.Struct("<8sqq32sBB")  # magic, stored bytes, stored files, boot of the clean end, clean?, too high?
 _MAGIC = b"cfsledg1"
 _SLOTS_AT = 64
 _SLOT = struct.Struct("<16sq")  # lease id, reserved bytes
@@ -45,7 +45,7 @@ class Ledger:
             self._map = mmap.mmap(self._fd, _BYTES)
             if self._map[: len(_MAGIC)] != _MAGIC:
                 self._map[:] = bytes(_BYTES)
-                _HEADER.pack_into(self._map, 0, _MAGIC, 0, 0, b"", 0)
+                self._write_header(0, 0)
 
     def join(self, live: Collection[str]) -> bool:
         """Take a slot. `live` are the ids of the other live mounts. True if the stored count may be trusted.
@@ -54,27 +54,29 @@ class Ledger:
         """
         known = {lease.encode() for lease in live}
         with self._locked():
-            _, stored, files, boot, clean = _HEADER.unpack_from(self._map)
+            _, stored, files, boot, clean, too_high = _HEADER.unpack_from(self._map)
             trusted = bool(known) or (bool(clean) and boot.rstrip(b"\0") == self._boot)
             for number, (lease, reserved) in enumerate(self._slots()):
                 if lease and lease not in known:
                     stored += reserved
+                    too_high |= 1
                     self._write_slot(number, b"", 0)
                     lease = b""
                 if not lease and self._slot < 0:
                     self._slot = number
             if self._slot < 0:
                 raise LedgerFullError(f"{_SLOTS} mounts use this scratch already")
-            _HEADER.pack_into(self._map, 0, _MAGIC, stored, files, b"", 0)
+            self._write_header(stored, files, too_high=too_high)
             self._write_slot(self._slot, self._lease, 0)
         return trusted
 
     def leave(self, *, clean: bool) -> None:
-        """Give the slot back. `clean` says that no other mount is left and the count is right."""
+        """Give the slot back. `clean` says that no other mount is left and that this one has counted right."""
         with self._locked():
             self._write_slot(self._slot, b"", 0)
-            _, stored, files, _, _ = _HEADER.unpack_from(self._map)
-            _HEADER.pack_into(self._map, 0, _MAGIC, stored, files, self._boot if clean else b"", clean)
+            _, stored, files, _, _, too_high = _HEADER.unpack_from(self._map)
+            clean = clean and not too_high and not any(lease for lease, _ in self._slots())
+            self._write_header(stored, files, boot=self._boot if clean else b"", clean=clean, too_high=too_high)
         self.close()
 
     def close(self) -> None:
@@ -82,13 +84,13 @@ class Ledger:
         os.close(self._fd)
 
     def set_stored(self, size: int, files: int) -> None:
-        """The count, freshly made."""
+        """The count, freshly made while no other mount is there."""
         with self._locked():
-            _HEADER.pack_into(self._map, 0, _MAGIC, size, files, b"", 0)
+            self._write_header(size, files)
 
     def stored(self) -> tuple[int, int]:
         """(bytes, files) that are complete in scratch."""
-        _, size, files, _, _ = _HEADER.unpack_from(self._map)
+        _, size, files, *_ = _HEADER.unpack_from(self._map)
         return size, files
 
     def reserved(self) -> int:
@@ -123,6 +125,11 @@ class Ledger:
     def _slots(self) -> Iterator[tuple[bytes, int]]:
         for lease, reserved in _SLOT.iter_unpack(self._map[_SLOTS_AT:]):
             yield lease.rstrip(b"\0"), reserved
+
+    def _write_header(
+        self, stored: int, files: int, *, boot: bytes = b"", clean: bool = False, too_high: int = 0
+    ) -> None:
+        _HEADER.pack_into(self._map, 0, _MAGIC, stored, files, boot, clean, too_high)
 
     def _write_slot(self, number: int, lease: bytes, reserved: int) -> None:
         _SLOT.pack_into(self._map, _SLOTS_AT + number * _SLOT.size, lease, reserved)

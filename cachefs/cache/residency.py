@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _RECORD = struct.Struct("<8sq8sH")  # version digest, size, checksum, number of the boot: 64 bytes a file in memory
 FLUSH_SECONDS = 2.0
 _ROWS_A_JOB = 200
-_BYTES_A_JOB = 96 * 1024
+_BYTES_A_JOB = 64 * 1024
 
 
 class Resident(NamedTuple):
@@ -51,9 +51,10 @@ class Residency:
         self._recency = recency
         self._boots = [boot]
         self._files: dict[bytes, bytes] = OrderedDict() if recency else {}
-        self._added: list[FileRow] = []
+        self._used_while_loading: dict[bytes, None] | None = {}  # keys; None once the index is read
+        self._added: dict[bytes, FileRow] = {}
         self._used: dict[bytes, int] = {}
-        self._forgotten: list[bytes] = []
+        self._forgotten: dict[bytes, None] = {}
         self._superseded: list[tuple[bytes, str, int]] = []
 
     def __len__(self) -> int:
@@ -75,21 +76,32 @@ class Residency:
         """`name` was used now."""
         if self._recency:
             self._used[name] = time.time_ns()
-            if name[:KEY_BYTES] in self._files:
-                self._files.move_to_end(name[:KEY_BYTES])  # type: ignore[attr-defined]
+            self._make_latest(name[:KEY_BYTES])
+        self._note_while_loading(name)
 
     def add(self, name: bytes, path: bytes, version: bytes, checksum: bytes) -> None:
         """`name` is resident now (written, found or revived during this boot)."""
         size = size_of(version)
         self._replace(name, size, checksum, 0)
-        self._added.append((name, size, checksum, self._boots[0], path, time.time_ns()))
+        self._forgotten.pop(name, None)
+        self._added[name] = name, size, checksum, self._boots[0], path, time.time_ns()
+        self._note_while_loading(name)
+
+    def supersede(self, name: bytes) -> None:
+        """The source has `name` now: a copy of another version of that file is the first to go."""
+        record = self._files.get(name[:KEY_BYTES])
+        if record is not None and record[:8] != name[KEY_BYTES:]:
+            del self._files[name[:KEY_BYTES]]
+            self._note_superseded(name[:KEY_BYTES], record)
 
     def discard(self, name: bytes) -> None:
         """`name` is resident no more."""
         record = self._files.get(name[:KEY_BYTES])
         if record is not None and record[:8] == name[KEY_BYTES:]:
             del self._files[name[:KEY_BYTES]]
-        self._forgotten.append(name)
+        self._added.pop(name, None)
+        self._used.pop(name, None)
+        self._forgotten[name] = None
 
     def take_superseded(self) -> list[tuple[bytes, str, int]]:
         """(name, boot, size) of copies whose file has a newer version by now: the first to evict."""
@@ -106,8 +118,13 @@ class Residency:
 
     async def load(self, source: bytes) -> None:
         """Read the dataset's files from the index."""
-        await self._pool.run(("load", self.dataset, source), what="index", on_progress=self._load_batch)
-        self.loaded.set()
+        try:
+            await self._pool.run(("load", self.dataset, source), what="index", on_progress=self._load_batch)
+        finally:
+            for key in self._used_while_loading or ():
+                self._make_latest(key)
+            self._used_while_loading = None
+            self.loaded.set()
 
     async def write_behind(self) -> None:
         """Write changes to the index, for ever, in batches."""
@@ -117,18 +134,18 @@ class Residency:
 
     async def flush(self) -> None:
         """Write what is not written yet. What cannot be written is logged and dropped: the file itself is there."""
-        added, self._added = self._added, []
-        used, self._used = list(self._used.items()), {}
-        forgotten, self._forgotten = self._forgotten, []
+        added, self._added = list(self._added.values()), {}
+        used, self._used = [(at, name) for name, at in self._used.items()], {}
+        forgotten, self._forgotten = list(self._forgotten), {}
         while added or used or forgotten:
+            gone, forgotten = forgotten[:_ROWS_A_JOB], forgotten[_ROWS_A_JOB:]
             rows: list[FileRow] = []
-            size = 0
-            while added and len(rows) < _ROWS_A_JOB and size < _BYTES_A_JOB - 5000:
-                rows.append(added.pop())
-                size += len(rows[-1][4]) + 100
-            uses = [(at, name) for name, at in used[:_ROWS_A_JOB]] if not added else []
-            gone = forgotten[:_ROWS_A_JOB]
-            del forgotten[: len(gone)], used[: len(uses)]
+            uses: list[tuple[int, bytes]] = []
+            if not forgotten:  # what is forgotten goes first: a file may have come back since
+                while added and len(rows) < _ROWS_A_JOB and sum(len(row[4]) + 100 for row in rows) < _BYTES_A_JOB:
+                    rows.append(added.pop(0))
+                if not added:
+                    uses, used = used[:_ROWS_A_JOB], used[_ROWS_A_JOB:]
             try:
                 await self._pool.run(("record", self.dataset, rows, uses, gone), what="index")
             except OSError as error:
@@ -136,19 +153,33 @@ class Residency:
 
     def _load_batch(self, batch: list[tuple[bytes, int, bytes, str]]) -> None:
         for name, size, checksum, boot in batch:
-            if name[:KEY_BYTES] not in self._files:
-                if boot not in self._boots:
-                    self._boots.append(boot)
-                self._replace(name, size, checksum, self._boots.index(boot))
-            elif self.get(name) is None:
-                self._superseded.append((name, boot, size))
+            key = name[:KEY_BYTES]
+            if self._used_while_loading and key in self._used_while_loading:  # what has come since is newer
+                if self.get(name) is None:
+                    self._superseded.append((name, boot, size))
+                continue
+            if boot not in self._boots:
+                self._boots.append(boot)
+            self._replace(name, size, checksum, self._boots.index(boot))
+
+    def _note_while_loading(self, name: bytes) -> None:
+        if self._used_while_loading is not None:
+            self._used_while_loading.pop(name[:KEY_BYTES], None)
+            self._used_while_loading[name[:KEY_BYTES]] = None
+
+    def _make_latest(self, key: bytes) -> None:
+        if isinstance(self._files, OrderedDict) and key in self._files:
+            self._files.move_to_end(key)
+
+    def _note_superseded(self, key: bytes, record: bytes) -> None:
+        old = self._resident(key + record[:8], record)
+        self._superseded.append((old.name, old.boot, old.size))
 
     def _replace(self, name: bytes, size: int, checksum: bytes, boot: int) -> None:
         key = name[:KEY_BYTES]
         before = self._files.pop(key, None)
         if before is not None and before[:8] != name[KEY_BYTES:]:
-            old = self._resident(key + before[:8], before)
-            self._superseded.append((old.name, old.boot, old.size))
+            self._note_superseded(key, before)
         self._files[key] = _RECORD.pack(name[KEY_BYTES:], size, checksum.ljust(8, b"\0"), boot)
 
     def _resident(self, name: bytes, record: bytes) -> Resident:

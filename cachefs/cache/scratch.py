@@ -30,7 +30,7 @@ from cachefs.errors import CachefsError, describe
 MARK = "cachefs-scratch"
 FORMAT = 1
 DIRECTORIES = ("files", "staging", "leases", "sockets", "logs")
-FILES = ("index.db", "index.db-wal", "index.db-shm", "ledger", MARK)
+FILES = ("index.db", "index.db-journal", "index.db-wal", "index.db-shm", "ledger", MARK)
 _CHOOSE = "choose another with --scratch"
 
 
@@ -62,7 +62,9 @@ def claim_scratch(path: Path) -> Scratch:
     except FileExistsError:
         pass
     except FileNotFoundError:
-        raise CachefsError(f"scratch {path} cannot be made: {path.parent} does not exist", _CHOOSE) from None
+        raise CachefsError(
+            f"scratch {path} cannot be made: {path.parent} does not exist", "make that first, or " + _CHOOSE
+        ) from None
     except OSError as error:
         raise CachefsError(f"scratch {path} cannot be made: {describe(error)}", _CHOOSE) from None
     fd = _open_own_directory(path)
@@ -77,8 +79,8 @@ def claim_scratch(path: Path) -> Scratch:
                     f"choose an empty or a new directory, such as --scratch {path / 'cachefs'}",
                 )
             else:
-                os.fchmod(fd, 0o700)
                 _write_mark(fd, made)
+            os.fchmod(fd, 0o700)
             for name in DIRECTORIES:
                 if name not in names:
                     os.mkdir(name, 0o700, dir_fd=fd)
@@ -94,10 +96,13 @@ def claim_scratch(path: Path) -> Scratch:
 def open_scratch(path: Path) -> Scratch:
     """Scratch that exists and is ours. Raises CachefsError for a directory that does not carry our mark."""
     if not os.path.lexists(path):
-        raise CachefsError(f"there is no scratch directory {path}", "name it with --scratch")
+        raise CachefsError(f"there is no scratch directory {path}", "name the one that was used with --scratch")
     fd = _open_own_directory(path)
     try:
         return Scratch(path, fd, _read_mark(fd, path))
+    except OSError as error:
+        os.close(fd)
+        raise CachefsError(f"scratch {path} is not usable: {describe(error)}", _CHOOSE) from None
     except BaseException:
         os.close(fd)
         raise
@@ -111,6 +116,8 @@ def _open_own_directory(path: Path) -> int:
             reason = "is a symbolic link"
         elif error.errno == errno.ENOTDIR:
             reason = "is not a directory"
+        elif (owner := _owner(path)) not in (None, os.geteuid()):
+            reason = f"is owned by uid {owner}, not {os.geteuid()}"
         else:
             reason = f"cannot be opened: {describe(error)}"
         raise CachefsError(f"scratch {path} {reason}", _CHOOSE) from None
@@ -126,6 +133,13 @@ def _open_own_directory(path: Path) -> int:
         os.close(fd)
         raise CachefsError(f"scratch {path} {problem}", _CHOOSE)
     return fd
+
+
+def _owner(path: Path) -> int | None:
+    try:
+        return path.lstat().st_uid
+    except OSError:
+        return None
 
 
 @contextmanager
@@ -146,10 +160,11 @@ def _write_mark(fd: int, made: bool) -> None:
 def _read_mark(fd: int, path: Path) -> bool:
     """Whether we made the directory itself."""
     try:
-        mark = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        mark = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
     except FileNotFoundError:
         raise CachefsError(
-            f"{path} was not made by cachefs: it has no {MARK} file", "name the right directory"
+            f"{path} is not a scratch directory of cachefs: it has no {MARK} file",
+            "name the one that was used with --scratch",
         ) from None
     with open(mark) as file:
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 
 from cachefs.errors import StorageError
@@ -20,6 +21,7 @@ KEY_BYTES = 16
 NAME_BYTES = 24
 """A name is the file's key (which path of which dataset) and 8 bytes for its version."""
 
+_NAME, _PREFIX, _BOOT = re.compile(r"[0-9a-f]{48}"), re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{32}")
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOATIME
 
 
@@ -148,21 +150,25 @@ class Storage:
             os.unlink(_text(name), dir_fd=self._staging)
         except (BlockingIOError, FileNotFoundError):
             pass
+        except OSError as error:
+            raise _storage_error(error, name) from error
         finally:
             os.close(fd)
 
     def discard_abandoned(self) -> None:
         """Drop every staged file that nobody copies."""
         for text in os.listdir(self._staging):
-            self.discard_staged(bytes.fromhex(text))
+            if _NAME.fullmatch(text):
+                self.discard_staged(bytes.fromhex(text))
 
     def scan(self) -> Iterator[tuple[bytes, str, int]]:
         """(name, boot, size in bytes) of every complete file; some 3 us each."""
-        for boot in os.listdir(self._files):
-            for prefix in os.listdir(f"/proc/self/fd/{self._files}/{boot}"):
+        for boot in filter(_BOOT.fullmatch, os.listdir(self._files)):
+            for prefix in filter(_PREFIX.fullmatch, os.listdir(f"/proc/self/fd/{self._files}/{boot}")):
                 with os.scandir(f"/proc/self/fd/{self._files}/{boot}/{prefix}") as files:
                     for file in files:
-                        yield bytes.fromhex(file.name), boot, file.stat(follow_symlinks=False).st_size
+                        if _NAME.fullmatch(file.name) and file.is_file(follow_symlinks=False):
+                            yield bytes.fromhex(file.name), boot, file.stat(follow_symlinks=False).st_size
 
     def space(self) -> tuple[int, int]:
         """(bytes available to us, bytes in all) of the file system."""

@@ -6,8 +6,12 @@ import tempfile
 from pathlib import Path
 
 import click
+from rich.console import Console
+from rich.table import Table
 
 from cachefs.config import format_size
+from cachefs.demo.demonstration import Demonstration, Measurement, Scale
+from cachefs.mount.checks import check_fuse
 
 _BAR_COLUMNS = 40
 
@@ -15,16 +19,11 @@ _BAR_COLUMNS = 40
 @click.command()
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the dataset and of the loader's order")
 def demo(seed: int) -> None:
-    """Show on made-up data what a mount brings: an ordinary loader over a slow source, with and without.
+    """Show on made-up data what a mount brings.
 
-    Takes less than a minute, needs no dataset and leaves nothing behind.
+    An ordinary loader reads a slow source, without and with a mount over it. Takes less than a minute, needs no
+    dataset and leaves nothing behind.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from cachefs.demo.demonstration import Demonstration, Measurement, Scale
-    from cachefs.mount.checks import check_fuse
-
     check_fuse(allow_other=False)
     scale = Scale()
     console = Console()

@@ -8,20 +8,25 @@ from typing import Any
 
 import click
 
-from cachefs.cli.options import mount_options, scratch_path
+from cachefs.cli.options import ConfiguredCommand, mount_options, nonempty_path, scratch_path
+from cachefs.cli.printing import complain
 from cachefs.config import Settings
 from cachefs.mount.checks import check_capacity, check_fuse, check_paths, warnings
-from cachefs.mount.daemon import serve_in_background, serve_in_foreground
 from cachefs.mount.mountinfo import find_mount, resolve_mountpoint
 
 
-@click.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.command(cls=ConfiguredCommand)
+@click.argument("source", type=nonempty_path)
+@click.argument("mountpoint", type=nonempty_path, required=False)
 @mount_options
 @click.option("--foreground", is_flag=True, help="Serve in this process until it is unmounted or interrupted")
 def mount(source: Path, mountpoint: Path | None, scratch: Path | None, foreground: bool, **options: Any) -> None:
-    """Mount SOURCE over itself, or at MOUNTPOINT, with every file cached in scratch when it is first opened."""
+    """Mount SOURCE over itself, or at MOUNTPOINT.
+
+    SOURCE is a directory on slow storage. It appears unchanged, read-only; each file is copied to scratch when it is
+    first opened, and read from there from then on. The command returns when the mount serves; "cachefs umount" ends
+    it.
+    """
     target = resolve_mountpoint(mountpoint or source)
     if find_mount(target) is None:  # nothing there that could hang: follow a link to the directory itself
         target = Path(os.path.realpath(target))
@@ -34,9 +39,21 @@ def mount(source: Path, mountpoint: Path | None, scratch: Path | None, foregroun
     check_paths(settings)
     check_fuse(allow_other=settings.allow_other)
     check_capacity(settings)
-    for warning in warnings(settings):
-        click.echo(f"cachefs: warning: {warning}", err=True)
+
+    from cachefs.mount.daemon import serve_in_background, serve_in_foreground  # slow: help and refusals need none
+
     if foreground:
-        serve_in_foreground(settings, lambda: click.echo(f"cachefs: serving {settings.mountpoint}", err=True))
+        serve_in_foreground(settings, lambda: _announce(settings))
     else:
         serve_in_background(settings)
+        _warn(settings)
+
+
+def _announce(settings: Settings) -> None:
+    _warn(settings)
+    complain(f"serving {settings.mountpoint}")
+
+
+def _warn(settings: Settings) -> None:
+    for warning in warnings(settings):
+        complain(f"warning: {warning}")

@@ -6,22 +6,27 @@ from pathlib import Path
 
 import click
 
-from cachefs.cli.options import scratch_option, scratch_path
+from cachefs.cli.options import ConfiguredCommand, scratch_option, scratch_path
+from cachefs.cli.printing import complain, say
 from cachefs.config import format_size
 from cachefs.mount.purge import Purged
 from cachefs.mount.purge import purge as purge_scratch
 
 
-@click.command()
+@click.command(cls=ConfiguredCommand)
 @scratch_option
 def purge(scratch: Path | None) -> None:
-    """Remove everything that cachefs stored in scratch, when no mount uses it."""
+    """Remove what cachefs stored in scratch.
+
+    Refused while a mount uses it. Files of others in there stay.
+    """
     path = scratch_path(scratch)
     say_purged(path, purge_scratch(path))
 
 
 def say_purged(path: Path, purged: Purged) -> None:
-    click.echo(f"purged {path}: {purged.files} files, {format_size(purged.bytes)}")
+    files = "1 file" if purged.files == 1 else f"{purged.files:,} files"
+    say(f"purged {path}: {files}, {format_size(purged.bytes)}")
     if purged.kept:
         names = ", ".join(purged.kept[:5])
-        click.echo(f"cachefs: warning: {path} holds files that are not of cachefs and stay: {names}", err=True)
+        complain(f"warning: {path} holds files that are not of cachefs and stay: {names}")

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
+from cachefs.cli.options import nonempty_path
+from cachefs.cli.printing import complain, printable, say
 from cachefs.config import format_size
 from cachefs.errors import CachefsError
-from cachefs.mount.control import ask
+from cachefs.mount.control_client import ask
 from cachefs.mount.mountinfo import Mount, read_mounts
-from cachefs.mount.unmount import find_our_mount, scratch_of
+from cachefs.mount.unmount import find_our_mount, live_lease, scratch_of
 
 _ROWS = (
     ("source", "source", str),
@@ -38,51 +38,66 @@ _ROWS = (
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("mountpoint", type=nonempty_path, required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a mount, each on a line")
 def status(mountpoint: Path | None, as_json: bool) -> None:
-    """Say how the mount at MOUNTPOINT does, or all mounts of this user."""
-    mounts = [find_our_mount(mountpoint)] if mountpoint else [m for m in read_mounts() if m.lease is not None]
-    failed: CachefsError | None = None
+    """Say how the mount at MOUNTPOINT does, or all mounts of this user.
+
+    Exits with 1 if one of them does not answer.
+    """
+    mounts = [find_our_mount(mountpoint)] if mountpoint else [mount for mount in read_mounts() if _is_own(mount)]
+    has_failed = False
     for mount in mounts:
         try:
             report = _ask(mount)
         except CachefsError as error:
-            if mountpoint is None and not _is_own(mount):
-                continue
-            failed = CachefsError(f"{mount.path}: {error.args[0]}", error.hint)
-            click.echo(f"cachefs: {failed}", err=True)
+            has_failed = True
+            complain(f"{mount.path}: {error}")
             continue
         if as_json:
             click.echo(json.dumps(report))
         else:
             _print(report)
-    if failed is not None:
-        raise SystemExit(failed.exit_code)
+    if has_failed:
+        raise SystemExit(1)
     if not mounts and not as_json:
-        click.echo("no mounts of cachefs")
+        say("no mounts of cachefs")
 
 
 def _ask(mount: Mount) -> dict[str, Any]:
+    """What the daemon of `mount` says. Raises CachefsError."""
+    if not _is_own(mount):
+        raise CachefsError("this is another user's mount", "only that user can ask its daemon")
     scratch = scratch_of(mount)
-    assert mount.lease is not None
     try:
-        return ask(scratch, mount.lease[1], "status")
+        lease = live_lease(mount)
+        if lease is None:
+            raise CachefsError("the daemon of this mount has died", f"unmount it with: cachefs umount {mount.path}")
+        return ask(scratch, lease.id, "status")
     finally:
         os.close(scratch.fd)
 
 
 def _is_own(mount: Mount) -> bool:
-    """Whether a mount is this user's: other users' scratch directories cannot be looked into."""
-    assert mount.lease is not None
+    """Whether it is a mount of ours, of this user: other users' scratch directories cannot be looked into."""
+    if mount.lease is None:
+        return False
     try:
         return mount.lease[0].stat().st_uid == os.geteuid()
-    except OSError:
+    except PermissionError:
         return False
+    except OSError:
+        return True  # scratch is gone, which its user should hear about
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table(title=report["mountpoint"], title_justify="left", show_header=False)
+    from rich.console import Console  # takes longer to import than the rest of this command
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(printable(report["mountpoint"])), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for label, key, form in _ROWS:
-        table.add_row(label, form(report[key]))
+        table.add_row(label, Text(printable(form(report[key]))))
     Console().print(table)

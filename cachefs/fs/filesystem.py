@@ -181,18 +181,20 @@ class FileSystem:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise OSError(errno.EROFS, "read-only file system")
         shared = self._files.get(inode)
-        if shared is not None:
+        if shared is not None and not shared[0].is_stale:
             self._files[inode] = shared[0], shared[1] + 1
             self._cache.count_open(shared[0])
             return inode
+        node = self._node(inode)
+        if shared is not None:
+            node.expires = 0.0
+            raise OSError(errno.ESTALE, "changed on the source", node.path)  # the kernel looks the name up afresh
         node = await self.getattr(inode)
         assert node.attributes is not None  # getattr's promise
         try:
             file = await self._cache.open(node.path, node.attributes)
-        except SourceError as error:
-            node.expires = 0.0
-            if error.errno == errno.ENOENT:  # the kernel looks the name up afresh: it may have been replaced
-                raise OSError(errno.ESTALE, "changed on the source", node.path) from error
+        except SourceError:
+            node.expires = 0.0  # where it is ESTALE, the kernel looks the name up afresh
             raise
         shared = self._files.get(inode)
         if shared is not None:  # opened by somebody else meanwhile

@@ -5,7 +5,8 @@ Invariants:
   with another inode number. So pages, sizes and open handles of two versions can never mix, and the kernel's page
   cache may be kept for ever. A directory keeps its node while it is the same directory.
 - Inode numbers count up and are not used twice. All hard links of a file have one node.
-- A node stays while the kernel knows it (`lookups` > 0). The others are a metadata cache, bounded in number.
+- A node stays while the kernel knows it (`lookups` > 0). The others are a metadata cache: they go when no name leads
+  to them any more, or all together when the table has grown to twice what the kernel knows (REMEMBERED_NODES at least).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cachefs.source.attributes import Attributes, version_of
 
 ROOT_INODE = 1
 REMEMBERED_NODES = 400_000
-"""From this many nodes on, those that the kernel has forgotten are dropped."""
+"""Below this many nodes none is dropped because the kernel does not know it."""
 
 _KINDS = {kind: kind for kind in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)}  # one object for each, not a million
 
@@ -25,7 +26,7 @@ _KINDS = {kind: kind for kind in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)}  # 
 class Node:
     """One entry. `attributes` are packed, None until they are asked for; they hold until `expires` (monotonic)."""
 
-    __slots__ = ("attributes", "directory", "expires", "inode", "kind", "lookups", "name", "parent")
+    __slots__ = ("attributes", "directory", "expires", "inode", "kind", "lookups", "name", "names", "parent")
 
     def __init__(self, inode: int, parent: Node | None, name: bytes, kind: int) -> None:
         self.inode = inode
@@ -35,6 +36,7 @@ class Node:
         self.attributes: bytes | None = None
         self.expires = 0.0
         self.lookups = 0
+        self.names = 0  # how many names lead to it: more than one for hard links
         self.directory: Directory | None = None
 
     @property
@@ -72,8 +74,10 @@ class Inodes:
         self.root.lookups = 1
         self.root.directory = Directory()
         self._by_inode = {ROOT_INODE: self.root}
-        self._by_identity: dict[tuple[int, int], Node] = {}
+        self._by_identity: dict[bytes, Node] = {}
         self._next = ROOT_INODE + 1
+        self._idle = 0  # nodes that the kernel does not know
+        self._idle_kept = 0  # of these, how many the last sweep could not drop
 
     def __len__(self) -> int:
         return len(self._by_inode)
@@ -95,11 +99,13 @@ class Inodes:
         return self._next
 
     def new_child(self, parent: Node, name: bytes, kind: int) -> Node:
-        """A new node for a name, in place of the one that it had."""
+        """A new node for a name, in place of what it had."""
+        self._idle += 1
+        self._sweep_if_many()
         node = Node(self._next, parent, name, kind)
         self._next += 1
         self._by_inode[node.inode] = node
-        directory_of(parent).children[name] = node
+        self._set_child(parent, name, node)
         return node
 
     def update(self, parent: Node, name: bytes, attributes: bytes, expires: float) -> Node:
@@ -108,36 +114,40 @@ class Inodes:
         node = self.child(parent, name)
         if node is not None and not _is_same(node, attributes, new):
             node = None
-        is_linked = stat.S_ISREG(new.mode) and new.links > 1
-        if is_linked and (node is None or node.attributes is None):
-            other = self._by_identity.get((new.device, new.inode))
-            if other is not None and _is_same(other, attributes, new):
+        if node is None or node.attributes is None:
+            other = self._by_identity.get(_identity(new))
+            if other is not None:
                 node = other
-                node.parent, node.name = parent, name  # the path that was seen last is one that is there
-                directory_of(parent).children[name] = node
+                self._set_child(parent, name, node)
         if node is None:
             node = self.new_child(parent, name, stat.S_IFMT(new.mode))
-        if is_linked:
-            self._by_identity[new.device, new.inode] = node
+        node.parent, node.name = parent, name  # of several names, the one that was seen last is there
         directory_of(parent).absent.pop(name, None)
         self.refresh(node, attributes, expires)
         return node
 
     def refresh(self, node: Node, attributes: bytes, expires: float) -> None:
         """The source has said the same of a node again."""
+        new = Attributes.unpack(attributes)
+        self._drop_identity(node)
         node.attributes = attributes
         node.expires = expires
-        if not node.kind:
-            node.kind = stat.S_IFMT(Attributes.unpack(attributes).mode)
+        node.kind = stat.S_IFMT(new.mode)
         if node.directory is None and node.kind == stat.S_IFDIR:
             node.directory = Directory()
+        if _identity(new):
+            self._by_identity[_identity(new)] = node
+
+    def know(self, node: Node) -> None:
+        """The kernel gets one more reference."""
+        if node.lookups <= 0:
+            self._idle -= 1
+        node.lookups += 1
 
     def remove_child(self, parent: Node, name: bytes, until: float) -> None:
         """The source has no such name (any more)."""
         directory = directory_of(parent)
-        child = directory.children.pop(name, None)
-        if isinstance(child, Node) and child.lookups <= 0:
-            self._drop(child)
+        self._unname(directory.children.pop(name, None))
         if len(directory.absent) > 10_000:
             directory.absent.clear()
         directory.absent[name] = until
@@ -148,15 +158,17 @@ class Inodes:
         before = directory.children
         now: dict[bytes, Node | int] = {}
         for name, _, kind in entries:
-            child = before.pop(name, None)
-            now[name] = child if isinstance(child, Node) else _KINDS.get(kind, 0)
+            child = before.get(name)
+            if isinstance(child, Node) and kind in (child.kind, 0):
+                now[name] = before.pop(name)
+            else:
+                now[name] = _KINDS.get(kind, 0)
         directory.children = now
         directory.absent.clear()
         directory.listed_until = until
         directory.cold_lookups = 0
         for child in before.values():
-            if isinstance(child, Node) and child.lookups <= 0:
-                self._drop(child)
+            self._unname(child)
 
     def forget(self, inode: int, lookups: int) -> None:
         """The kernel gives back `lookups` of its references."""
@@ -166,25 +178,71 @@ class Inodes:
         node.lookups -= lookups
         if node.lookups > 0:
             return
-        is_current = node.parent is not None and self.child(node.parent, node.name) is node
-        if not is_current or (len(self._by_inode) > REMEMBERED_NODES and not _has_nodes(node)):
+        self._idle += 1
+        if node.names == 0 or not self._is_in_table(node.parent):
             self._drop(node)
-            if is_current and node.parent is not None:
-                directory_of(node.parent).children[node.name] = node.kind
+        else:
+            self._sweep_if_many()
+
+    def _set_child(self, parent: Node, name: bytes, node: Node) -> None:
+        children = directory_of(parent).children
+        before = children.get(name)
+        if before is not node:
+            children[name] = node
+            node.names += 1
+            self._unname(before)
+
+    def _unname(self, child: Node | int | None) -> None:
+        """A name leads to `child` no more."""
+        if isinstance(child, Node):
+            child.names -= 1
+            if child.names == 0 and child.lookups <= 0:
+                self._drop(child)
+
+    def _is_in_table(self, node: Node | None) -> bool:
+        return node is not None and self._by_inode.get(node.inode) is node
+
+    def _sweep_if_many(self) -> None:
+        """Drop the nodes that neither the kernel knows nor a directory above one that it knows needs."""
+        if self._idle - self._idle_kept <= REMEMBERED_NODES:
+            return
+        for node in sorted(self._by_inode.values(), key=lambda node: node.inode, reverse=True):  # children first
+            if node.lookups > 0 or node.names != 1 or node.parent is None or _has_nodes(node):
+                continue
+            self._drop(node)
+            children = directory_of(node.parent).children
+            if children.get(node.name) is node:
+                children[node.name] = node.kind
+        self._idle_kept = self._idle
 
     def _drop(self, node: Node) -> None:
         """Forget a node, and below it what the kernel does not know."""
         dropped = [node]
         while dropped:
             node = dropped.pop()
-            self._by_inode.pop(node.inode, None)
-            if node.attributes is not None and node.kind == stat.S_IFREG:
-                known = Attributes.unpack(node.attributes)
-                if known.links > 1 and self._by_identity.get((known.device, known.inode)) is node:
-                    del self._by_identity[known.device, known.inode]
+            self._drop_identity(node)
+            if self._by_inode.pop(node.inode, None) is not None and node.lookups <= 0:
+                self._idle -= 1
             if node.directory is not None:
-                children = node.directory.children.values()
-                dropped += [child for child in children if isinstance(child, Node) and child.lookups <= 0]
+                for child in node.directory.children.values():
+                    if isinstance(child, Node):
+                        child.names -= 1
+                        if child.names <= 0 and child.lookups <= 0:
+                            dropped.append(child)
+                node.directory.children = {}
+
+    def _drop_identity(self, node: Node) -> None:
+        if node.attributes is not None:
+            identity = _identity(Attributes.unpack(node.attributes))
+            if self._by_identity.get(identity) is node:
+                del self._by_identity[identity]
+
+
+def _identity(attributes: Attributes) -> bytes:
+    """What all hard links of one version of a file have in common, b"" for what has one name."""
+    if attributes.links < 2 or not stat.S_ISREG(attributes.mode):
+        return b""
+    return version_of(attributes.pack()) + b"%d %d" % (attributes.device, attributes.inode)
 
 
 def directory_of(node: Node) -> Directory:

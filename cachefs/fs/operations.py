@@ -81,7 +81,7 @@ class Operations(pyfuse3.Operations):
             entry.st_ino = InodeT(0)
             entry.entry_timeout = max(0.0, self._fs.absent_until(parent_inode, name) - time.monotonic())
             return entry
-        node.lookups += 1
+        self._fs.inodes.know(node)
         return _entry(node)
 
     @_handler
@@ -139,7 +139,7 @@ class Operations(pyfuse3.Operations):
                 break
             if not isinstance(child, Node):
                 child = self._fs.add_listed_child(inode, name, child)
-            child.lookups += 1
+            self._fs.inodes.know(child)
 
     @_handler
     async def releasedir(self, fh: FileHandleT) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,23 +14,27 @@ from cachefs.mount.mountinfo import FSTYPE, MEMORY_FSTYPES, NETWORK_FSTYPES, con
 
 FUSE_DEVICE = Path("/dev/fuse")
 FUSE_CONFIGURATION = Path("/etc/fuse.conf")
+_LOAD = "load the kernel module as root with: modprobe fuse, or start the container with --device /dev/fuse"
+_SCRATCH = "choose another with --scratch"
 
 
 def check_fuse(*, allow_other: bool) -> None:
     """Raise CachefsError if this user cannot make FUSE mounts on this machine."""
     if not FUSE_DEVICE.exists():
-        raise CachefsError(f"there is no {FUSE_DEVICE}", "load the module with: modprobe fuse")
+        raise CachefsError(f"there is no {FUSE_DEVICE}", _LOAD)
     try:
         os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
+    except PermissionError as error:
         raise CachefsError(
             f"{FUSE_DEVICE} cannot be opened: {describe(error)}",
-            "ask the administrator for mode 0666, which udev gives it by default",
+            "ask the administrator to give it mode 0666, which is its usual one",
         ) from None
+    except OSError as error:
+        raise CachefsError(f"{FUSE_DEVICE} cannot be opened: {describe(error)}", _LOAD) from None
     if os.geteuid() == 0:
         return
     if shutil.which("fusermount3") is None:
-        raise CachefsError("there is no fusermount3", "install the package fuse3")
+        raise CachefsError("there is no fusermount3, which mounts for ordinary users", "install the package fuse3")
     if allow_other and not _is_user_allow_other():
         raise CachefsError(
             "--allow-other is not permitted to users here",
@@ -50,18 +55,26 @@ def check_paths(settings: Settings) -> None:
         raise CachefsError(f"source {source} is not readable by this user", "check its permissions")
     if mountpoint != source:
         _check_directory(mountpoint, "mountpoint")
-        if source in mountpoint.parents or mountpoint in source.parents:
-            pass  # a mountpoint inside the source shows itself empty; over a parent of it, the source stays open
-    if os.geteuid() != 0 and not (os.access(mountpoint, os.W_OK) and _may_cover(mountpoint)):
+    if source in mountpoint.parents:
         raise CachefsError(
-            f"mountpoint {mountpoint} is not this user's to mount on",
-            "give a MOUNTPOINT that you own; an ordinary user cannot mount over other people's directories",
+            f"mountpoint {mountpoint} is inside the source {source}, so the mount would show itself",
+            "leave the mountpoint out to mount over the source, or give one outside",
         )
+    below = containing_mount(source)
+    if below is not None and below.lease is not None and below.lease[0] == scratch:
+        raise CachefsError(
+            f"source {source} is in the mount of cachefs at {below.path}, which has the same scratch",
+            "mount the directory below it, or choose another with --scratch",
+        )
+    if os.geteuid() != 0:
+        _check_may_cover(mountpoint)
     for name, path in ("source", source), ("mountpoint", mountpoint):
-        if scratch == path or path in scratch.parents:
-            raise CachefsError(f"scratch {scratch} is inside the {name} {path}", "choose another with --scratch")
+        if scratch == path:
+            raise CachefsError(f"scratch {scratch} is the {name} itself", _SCRATCH)
+        if path in scratch.parents:
+            raise CachefsError(f"scratch {scratch} is inside the {name} {path}", _SCRATCH)
         if scratch in path.parents:
-            raise CachefsError(f"{name} {path} is inside scratch {scratch}", "choose another with --scratch")
+            raise CachefsError(f"{name} {path} is inside scratch {scratch}", _SCRATCH)
 
 
 def check_capacity(settings: Settings) -> None:
@@ -69,7 +82,10 @@ def check_capacity(settings: Settings) -> None:
     size = settings.capacity.size
     if size is None:
         return
-    status = os.statvfs(settings.scratch if settings.scratch.exists() else settings.scratch.parent)
+    try:
+        status = os.statvfs(settings.scratch if os.path.lexists(settings.scratch) else settings.scratch.parent)
+    except OSError:
+        return  # claiming scratch says what is wrong with it
     total = status.f_blocks * status.f_frsize
     if size > total:
         raise CachefsError(
@@ -98,20 +114,36 @@ def warnings(settings: Settings) -> Iterator[str]:
 
 def _check_directory(path: Path, name: str) -> None:
     try:
-        is_directory = path.is_dir()
-        exists = is_directory or path.exists()
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        hint = "make it, or check the spelling"
+        if name == "source":
+            hint = "check the spelling, and that its file system is mounted on this machine"
+        raise CachefsError(f"there is no {name} {path}", hint) from None
     except OSError as error:
-        raise CachefsError(f"{name} {path} cannot be looked at: {describe(error)}") from None
-    if not exists:
-        raise CachefsError(f"there is no {name} {path}", "check the spelling, and that it is mounted on this node")
-    if not is_directory:
-        raise CachefsError(f"{name} {path} is not a directory", "name the directory that holds the dataset")
+        raise CachefsError(f"{name} {path} cannot be reached: {describe(error)}") from None
+    if not stat.S_ISDIR(mode):
+        raise CachefsError(f"{name} {path} is not a directory", f"the {name} must be one")
 
 
-def _may_cover(mountpoint: Path) -> bool:
-    """fusermount3's rule: in a sticky directory, such as /tmp itself, only the owner may mount."""
-    status = mountpoint.stat()
-    return not status.st_mode & 0o1000 or status.st_uid == os.geteuid()
+def _check_may_cover(mountpoint: Path) -> None:
+    """fusermount3's rules: the directory must be writable, and in a sticky one, such as /tmp, the user's own."""
+    try:
+        is_read_only = os.statvfs(mountpoint).f_flag & os.ST_RDONLY
+        status = mountpoint.stat()
+    except OSError as error:
+        raise CachefsError(f"mountpoint {mountpoint} cannot be reached: {describe(error)}") from None
+    if is_read_only:
+        raise CachefsError(
+            f"mountpoint {mountpoint} is on a read-only file system, where only root can mount",
+            "give a MOUNTPOINT elsewhere",
+        )
+    is_sticky = status.st_mode & stat.S_ISVTX and status.st_uid != os.geteuid()
+    if is_sticky or not os.access(mountpoint, os.W_OK):
+        raise CachefsError(
+            f"this user may not mount at {mountpoint}",
+            "give a MOUNTPOINT that you can write to; only root can mount over other people's directories",
+        )
 
 
 def _is_user_allow_other() -> bool:

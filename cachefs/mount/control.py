@@ -12,11 +12,9 @@ from typing import Any
 import trio
 
 from cachefs.cache.scratch import Scratch
-from cachefs.errors import CachefsError
 
 log = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 10.0
 _LINE_BYTES = 1 << 20
 
 Command = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -61,20 +59,3 @@ async def _read_line(stream: trio.SocketStream) -> bytes:
         if not part or len(line) > _LINE_BYTES:
             break
     return bytes(line)
-
-
-def ask(scratch: Scratch, lease: str, command: str, timeout: float = ANSWER_SECONDS) -> dict[str, Any]:
-    """Send one command to a mount. Raises CachefsError if it does not answer."""
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(timeout)
-            sock.connect(os.fspath(scratch.at("sockets", lease)))
-            sock.sendall(json.dumps({"command": command}).encode() + b"\n")
-            with sock.makefile("rb") as file:
-                line = file.readline()
-        reply: dict[str, Any] = json.loads(line)
-    except (OSError, ValueError) as error:
-        raise CachefsError(f"the mount's daemon does not answer ({error})", "see its log in scratch") from None
-    if "error" in reply:
-        raise CachefsError(reply["error"])
-    return reply

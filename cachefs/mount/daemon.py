@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -16,6 +17,7 @@ from cachefs.config import Settings
 from cachefs.errors import CachefsError
 from cachefs.mount.purge import purge
 from cachefs.mount.serve import lay_grounds, serve
+from cachefs.workers.fork_server import close_all_but
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,8 @@ def serve_in_foreground(settings: Settings, on_ready: Callable[[], None]) -> Non
 def serve_in_background(settings: Settings) -> int:
     """Serve in a daemon and return its pid when it answers. Raises CachefsError if it does not get that far."""
     reading, writing = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
@@ -65,7 +67,7 @@ def _run_daemon(settings: Settings, pipe: int) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        os.close(null)
+        close_all_but({pipe})
         said = False
 
         def on_ready() -> None:
@@ -91,6 +93,8 @@ def _run_daemon(settings: Settings, pipe: int) -> None:
 
 
 def _serve(settings: Settings, on_ready: Callable[[], None], *, log_file: bool = False) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each different file that readers have open
     scratch = claim_scratch(settings.scratch)
     if log_file:
         _log_to(logging.FileHandler(_new_log(scratch.at("logs"))), settings)

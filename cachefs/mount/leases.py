@@ -19,6 +19,9 @@ import psutil
 
 from cachefs.cache.scratch import Scratch
 
+_NEW = "new-"
+"""Begins the name of a lease that is not one yet."""
+
 
 @dataclass(frozen=True)
 class LeaseRecord:
@@ -39,11 +42,11 @@ class Lease:
     def __init__(self, scratch: Scratch, record: LeaseRecord) -> None:
         self.record = record
         self._scratch = scratch
-        self._fd = os.open(
-            f"leases/{record.id}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=scratch.fd
-        )
+        new = f"leases/{_NEW}{record.id}"
+        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=scratch.fd)
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(self._fd, json.dumps(asdict(record)).encode())
+        os.rename(new, f"leases/{record.id}", src_dir_fd=scratch.fd, dst_dir_fd=scratch.fd)  # locked and complete
 
     def release(self) -> None:
         os.unlink(f"leases/{self.record.id}", dir_fd=self._scratch.fd)
@@ -79,6 +82,8 @@ def live_leases(scratch: Scratch, *, drop_dead: bool = False) -> list[LeaseRecor
     """The leases whose mounts live. `drop_dead` removes what the others left; only under scratch's lock."""
     records = []
     for name in sorted(os.listdir(scratch.at("leases"))):
+        if name.startswith(_NEW) and not drop_dead:
+            continue
         try:
             fd = os.open(f"leases/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=scratch.fd)
         except FileNotFoundError:

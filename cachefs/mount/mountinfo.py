@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote_to_bytes
 
 FSTYPE = "fuse.cachefs"
 _OURS = re.compile(r"cachefs:([0-9a-f]+)@(.+)")
@@ -54,20 +54,20 @@ class Mount:
     def lease(self) -> tuple[Path, str] | None:
         """(scratch, lease id) of a mount of cachefs."""
         match = _OURS.fullmatch(self.name) if self.fstype == FSTYPE else None
-        return (Path(unquote(match[2])), match[1]) if match else None
+        return (Path(os.fsdecode(unquote_to_bytes(match[2]))), match[1]) if match else None
 
 
 def mount_name(scratch: Path, lease: str) -> str:
     """What a mount of ours is called: it says where its control socket is. ASCII, without commas or spaces."""
-    return f"cachefs:{lease}@{quote(os.fspath(scratch))}"
+    return f"cachefs:{lease}@{quote(os.fsencode(scratch))}"
 
 
 def read_mounts() -> list[Mount]:
     """All mounts of this mount namespace, in the order in which they were mounted."""
     mounts = []
     with open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            fields = line.split()
+        for line in file.read().split(b"\n")[:-1]:
+            fields = line.split(b" ")  # alone: the kernel does not escape other white space
             end = fields.index(b"-")
             mounts.append(
                 Mount(
@@ -96,9 +96,21 @@ def containing_mount(path: Path) -> Mount | None:
 
 
 def resolve_mountpoint(path: Path) -> Path:
-    """`path`, absolute and without links in its parents; the mountpoint itself is not looked at: it may hang."""
+    """`path`, absolute and without links in its parents.
+
+    Nothing is looked at where something is mounted at that very path, and never the mountpoint itself: what lies there
+    may hang.
+    """
     absolute = Path(os.path.abspath(path))
+    if find_mount(absolute) is not None:
+        return absolute
     return Path(os.path.realpath(absolute.parent)) / absolute.name
+
+
+def mount_id_of(fd: int) -> int:
+    """The id of the mount in which `fd` was opened: bind mounts of one file system differ in it."""
+    fields = Path(f"/proc/self/fdinfo/{fd}").read_text().split()
+    return int(fields[fields.index("mnt_id:") + 1])
 
 
 def _unescape(field: bytes) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachefs.cache.scratch import DIRECTORIES, FILES, MARK, open_scratch
-from cachefs.errors import CachefsError
+from cachefs.errors import CachefsError, describe
 from cachefs.mount.leases import live_leases, scratch_lock
+from cachefs.mount.mountinfo import mount_id_of
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,18 @@ def purge(path: Path) -> Purged:
     """
     scratch = open_scratch(path)
     try:
+        here = mount_id_of(scratch.fd)
         with scratch_lock(scratch):
-            live = live_leases(scratch)
+            try:
+                live = live_leases(scratch)
+            except FileNotFoundError:  # an earlier purge got that far
+                live = []
             if live:
                 mounts = ", ".join(record.mountpoint for record in live)
                 raise CachefsError(f"scratch {path} is in use by {mounts}", "unmount first, with cachefs umount")
             files, size = 0, 0
-            device = os.fstat(scratch.fd).st_dev
             for name in DIRECTORIES:
-                removed = _remove_tree(scratch.fd, name, device)
+                removed = _remove_tree(scratch.fd, name, here)
                 if name in ("files", "staging"):
                     files, size = files + removed[0], size + removed[1]
             for name in sorted(FILES, key=lambda name: name == MARK):  # the mark last: until then it can be resumed
@@ -53,13 +57,16 @@ def purge(path: Path) -> Purged:
             if scratch.made and not kept:
                 os.rmdir(path)
     except OSError as error:
-        raise CachefsError(f"purge of {path} stopped at {error.filename}: {error.strerror}") from None
+        raise CachefsError(
+            f"purge of {path} stopped at {error.filename or path}: {describe(error)}",
+            "remove the cause and purge again",
+        ) from None
     finally:
         os.close(scratch.fd)
     return Purged(files, size, kept)
 
 
-def _remove_tree(parent: int, name: str, device: int) -> tuple[int, int]:
+def _remove_tree(parent: int, name: str, mount: int) -> tuple[int, int]:
     """Remove the directory `name` in `parent`: the files and bytes that were in it."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
@@ -67,12 +74,12 @@ def _remove_tree(parent: int, name: str, device: int) -> tuple[int, int]:
         return 0, 0
     files = size = 0
     try:
-        if os.fstat(fd).st_dev != device:
-            raise CachefsError(f"{name} in scratch is a mount", "unmount it first")
+        if mount_id_of(fd) != mount:
+            raise CachefsError(f"the purge stopped: {name} in scratch is a mount", "unmount it and purge again")
         for entry in os.listdir(fd):
             status = os.stat(entry, dir_fd=fd, follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
-                below = _remove_tree(fd, entry, device)
+                below = _remove_tree(fd, entry, mount)
                 files, size = files + below[0], size + below[1]
             else:
                 os.unlink(entry, dir_fd=fd)

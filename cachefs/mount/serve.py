@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ from cachefs.source.tree import SourceTree
 from cachefs.workers.fork_server import ForkServer
 from cachefs.workers.pool import WorkerPool
 from cachefs.workers.protocol import serve as serve_jobs
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +108,14 @@ def serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
     Raises CachefsError if it cannot be mounted.
     """
     try:
-        trio.run(_serve, grounds, on_ready, strict_exception_groups=False)
+        trio.run(_serve, grounds, on_ready)
+    except BaseExceptionGroup as group:
+        expected: BaseException | None = group.subgroup(CachefsError)
+        while isinstance(expected, BaseExceptionGroup):
+            expected = expected.exceptions[0]
+        if expected is None:
+            raise
+        raise expected from None
     finally:
         grounds.fork_server.close()
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import psutil
 
 from cachefs.cache.scratch import Scratch, open_scratch
-from cachefs.errors import CachefsError
+from cachefs.errors import CachefsError, describe
 from cachefs.mount.leases import LeaseRecord, live_leases
-from cachefs.mount.mountinfo import FSTYPE, Mount, find_mount, resolve_mountpoint
+from cachefs.mount.mountinfo import FSTYPE, Mount, find_mount, mount_id_of, read_mounts, resolve_mountpoint
 
 _MNT_DETACH = 2
+_LINKS = 40
+"""How many symbolic links may follow upon each other: the kernel's limit."""
 _DAEMON_END_SECONDS = 60.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -32,9 +34,14 @@ class Holder:
 
 
 def find_our_mount(path: Path) -> Mount:
-    """The mount of cachefs at `path`. Raises CachefsError for anything else."""
+    """The mount of cachefs at `path`, or where the symbolic link `path` leads. Raises CachefsError if it is none."""
     mountpoint = resolve_mountpoint(path)
     mount = find_mount(mountpoint)
+    for _ in range(_LINKS):
+        if mount is not None or not mountpoint.is_symlink():  # what is mounted may hang: it is not looked at
+            break
+        mountpoint = resolve_mountpoint(mountpoint.parent / os.readlink(mountpoint))
+        mount = find_mount(mountpoint)
     if mount is None:
         raise CachefsError(f"nothing is mounted at {mountpoint}", "cachefs status lists the mounts")
     if mount.fstype != FSTYPE or mount.lease is None:
@@ -42,32 +49,49 @@ def find_our_mount(path: Path) -> Mount:
     return mount
 
 
-def unmount(mount: Mount, *, lazy: bool) -> None:
-    """Unmount and wait until the daemon has ended (not if `lazy`: it ends when the last user does).
+def unmount(mount: Mount, *, lazy: bool) -> bool:
+    """Unmount and wait until the daemon has ended, and return True; False if it is only detached, because in use.
 
-    Raises CachefsError; for a mount in use it names the processes that hold it.
+    With `lazy` a mount in use is detached, and its daemon ends when the last user does. Raises CachefsError; for a
+    mount in use it names the processes that hold it.
     """
-    record = _lease_record(mount)
-    if os.geteuid() == 0:
-        if _libc.umount2(os.fsencode(mount.path), _MNT_DETACH if lazy else 0):
-            number = ctypes.get_errno()
-            if number == errno.EBUSY:
-                raise _busy(mount)
-            raise CachefsError(f"cannot unmount {mount.path}: {os.strerror(number)}")
-    else:
-        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", os.fspath(mount.path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = done.stderr.strip()
-            if "busy" in reason.lower():
-                raise _busy(mount)
-            raise CachefsError(f"cannot unmount {mount.path}: {reason}")
-    if record is not None and not lazy:
+    record = live_lease(mount)
+    is_detached = False
+    if not _try_unmount(mount, detach=False):
+        if not lazy:
+            raise _busy(mount)
+        is_detached = _try_unmount(mount, detach=True)
+    if record is not None and not is_detached:
         _wait_for_end(record)
+    return not is_detached
 
 
-def _lease_record(mount: Mount) -> LeaseRecord | None:
-    """The lease of a mount whose daemon lives."""
+def _try_unmount(mount: Mount, *, detach: bool) -> bool:
+    """Whether it could be unmounted: False for one in use. Raises CachefsError for any other reason."""
+    if os.geteuid() == 0:
+        if not _libc.umount2(os.fsencode(mount.path), _MNT_DETACH if detach else 0):
+            return True
+        number = ctypes.get_errno()
+        if number == errno.EBUSY:
+            return False
+        raise CachefsError(f"cannot unmount {mount.path}: {os.strerror(number)}")
+    command = ["fusermount3", "-u", *(["-z"] if detach else []), "--", os.fspath(mount.path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise CachefsError(
+            f"cannot unmount {mount.path}: fusermount3: {describe(error)}", "install the package fuse3"
+        ) from None
+    if not done.returncode:
+        return True
+    reason = done.stderr.strip().rpartition(": ")[2]
+    if "busy" in reason.lower():
+        return False
+    raise CachefsError(f"cannot unmount {mount.path}: {reason}", "only the user who mounted it can, or root")
+
+
+def live_lease(mount: Mount) -> LeaseRecord | None:
+    """The lease of a mount of ours whose daemon lives, if this user may look."""
     lease = mount.lease
     if lease is None:
         return None
@@ -92,7 +116,10 @@ def _wait_for_end(record: LeaseRecord) -> None:
         poll = select.poll()
         poll.register(process, select.POLLIN)
         if not poll.poll(_DAEMON_END_SECONDS * 1000):
-            raise CachefsError(f"unmounted, but the daemon (pid {record.pid}) has not ended", "see its log")
+            raise CachefsError(
+                f"unmounted here, but the daemon (pid {record.pid}) still serves",
+                "a container or another mount namespace has the mount, too; it ends with that",
+            )
     except psutil.NoSuchProcess:
         return
     finally:
@@ -100,47 +127,77 @@ def _wait_for_end(record: LeaseRecord) -> None:
 
 
 def _busy(mount: Mount) -> CachefsError:
-    holders = find_holders(mount.path)
+    mounts = read_mounts()
+    later = mounts[mounts.index(mount) + 1 :] if mount in mounts else []  # earlier ones lie beneath
+    inside = [other.path for other in later if mount.path in other.path.parents]
+    if inside:
+        return CachefsError(f"{mount.path} is busy: {inside[-1]} is mounted in it", "unmount that first")
+    holders = find_holders(mount)
     if not holders:
         return CachefsError(
-            f"{mount.path} is busy: a process that is not visible holds it", "end it, or detach with --lazy"
+            f"{mount.path} is busy: a process that this user cannot see holds it", "end it, or detach with --lazy"
         )
     names = ", ".join(f"{holder.name} (pid {holder.pid}, {holder.use})" for holder in holders[:8])
     more = f" and {len(holders) - 8} more" if len(holders) > 8 else ""
     return CachefsError(f"{mount.path} is busy: held by {names}{more}", "end them, or detach with --lazy")
 
 
-def find_holders(mountpoint: Path) -> list[Holder]:
-    """The processes that have their working directory, an open file or a mapping below `mountpoint`.
+def find_holders(mount: Mount) -> list[Holder]:
+    """The processes that have their working directory, an open file or a mapping in `mount`, as far as visible.
 
-    Only links under /proc are read, never a path in the mount.
+    Descriptors are opened with O_PATH alone: nothing is asked of the mount's daemon, which may be dead or hang. What
+    lies beneath the mount has the same path, and is told apart by the id of the mount that it was opened in: our own
+    workers have the source open.
     """
+    mount_id = _mount_id_at(mount.path)
     holders = []
     for process in psutil.process_iter(["name"]):
-        use = _use(process.pid, mountpoint)
+        use = _use(process.pid, mount, mount_id)
         if use:
             holders.append(Holder(process.pid, process.info["name"], use))
     return holders
 
 
-def _use(pid: int, mountpoint: Path) -> str | None:
-    def is_below(link: str) -> bool:
+def _use(pid: int, mount: Mount, mount_id: int | None) -> str | None:
+    def is_in_mount(link: Path) -> bool:
         try:
             target = Path(os.readlink(link))
         except OSError:
             return False
-        return target == mountpoint or mountpoint in target.parents
+        return (target == mount.path or mount.path in target.parents) and _mount_id_at(link) == mount_id
 
-    if is_below(f"/proc/{pid}/cwd"):
-        return "working directory"
-    for kind, use in ("fd", "open file"), ("map_files", "mapped file"):
-        try:
-            names = os.listdir(f"/proc/{pid}/{kind}")
-        except OSError:
-            continue
-        if any(is_below(f"/proc/{pid}/{kind}/{name}") for name in names):
-            return use
+    process = Path("/proc", str(pid))
+    try:
+        if is_in_mount(process / "cwd"):
+            return "working directory"
+        if is_in_mount(process / "root"):
+            return "root directory"
+        if any(is_in_mount(link) for link in (process / "fd").iterdir()):
+            return "open file"
+        if _is_mapped(process / "maps", mount):
+            return "mapped file"
+    except OSError:
+        pass  # it has ended, or is another user's
     return None
+
+
+def _is_mapped(maps: Path, mount: Mount) -> bool:
+    """Whether a file of the mount's device is mapped; only root may open /proc/PID/map_files."""
+    major, minor = (int(number) for number in mount.device.split(":"))
+    device = f"{major:02x}:{minor:02x}".encode()
+    return any(line.split(maxsplit=4)[3] == device for line in maps.read_bytes().splitlines())
+
+
+def _mount_id_at(path: Path) -> int | None:
+    """The id of the mount that `path` leads into; None if it is gone or not to be seen."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return mount_id_of(fd)
+    finally:
+        os.close(fd)
 
 
 def scratch_of(mount: Mount) -> Scratch:

@@ -34,6 +34,24 @@ def source_errors(path: bytes) -> Iterator[None]:
         raise SourceError(error.errno or errno.EIO, error.strerror or str(error), path) from error
 
 
+_NOT_THE_FILE = frozenset(
+    (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO, errno.EMLINK)
+)
+"""What opening or reading a path says that was a regular file and is gone, or a directory, link, pipe or socket now."""
+
+
+@contextmanager
+def file_errors(path: bytes) -> Iterator[None]:
+    """As source_errors, for a path that was a regular file: that it is none any more is SourceChangedError."""
+    try:
+        with source_errors(path):
+            yield
+    except SourceError as error:
+        if error.errno in _NOT_THE_FILE:
+            raise SourceChangedError(path) from error
+        raise
+
+
 def open_version(tree: SourceTree, path: bytes, version: bytes) -> tuple[int, bytes]:
     """(descriptor, packed attributes) of the regular file `path`. Raises SourceChangedError for another version."""
     fd = tree.open(path)
@@ -94,12 +112,12 @@ class SourceHandlers:
 
     def _check(self, path: bytes, version: bytes) -> Generator[Any, None, None]:
         yield from ()
-        with source_errors(path):
+        with file_errors(path):
             self._verify(self._open(path, version), path, version)
 
     def _read(self, path: bytes, version: bytes, offset: int, size: int) -> Generator[Any, None, None]:
         """Yield the bytes from `offset`, in packets; never bytes of another version."""
-        with source_errors(path):
+        with file_errors(path):
             fd = self._open(path, version)
             data = os.pread(fd, size, offset)
             self._verify(fd, path, version)

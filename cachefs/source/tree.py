@@ -21,6 +21,7 @@ from contextlib import closing
 from cachefs.source.attributes import pack_stat
 
 _OPEN_DIRECTORIES = 64
+_PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC  # needs no permission to list the directory
 _STAT_THREADS = 32
 _PROBES = 8
 _SLOW_STAT_SECONDS = 100e-6
@@ -142,8 +143,7 @@ class SourceTree:
             prefix, _, name = prefix.rpartition(b"/")
             missing.append(name)
         for name in reversed(missing):
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(name, flags, dir_fd=fd)
+            fd = os.open(name, _PASS, dir_fd=fd)
             prefix = prefix + b"/" + name if prefix else name
             self._directories[prefix] = fd, opened_at
             if len(self._directories) > _OPEN_DIRECTORIES:

@@ -69,7 +69,7 @@ def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    _close_all_but(keep)
+    close_all_but(keep)
     os.chdir("/")
     gc.collect()
     gc.freeze()
@@ -93,7 +93,8 @@ def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
         os.close(fds[0])
 
 
-def _close_all_but(keep: set[int]) -> None:
+def close_all_but(keep: set[int]) -> None:
+    """Close every descriptor but the standard streams and those to `keep`."""
     for fd in sorted(int(name) for name in os.listdir("/proc/self/fd")):
         if fd > 2 and fd not in keep:
             try:

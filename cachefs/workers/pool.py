@@ -91,10 +91,9 @@ class WorkerPool:
         Raises what the handler raised (OSError and its classes of cachefs.errors), SourceTimeoutError after
         `timeout` seconds without a word, WorkerDiedError, or WorkerBugError. `what` names the job in errors.
         """
-        worker = await self._take()
+        worker = await self._start(encode(job))
         finished = False
         try:
-            worker.socket.send(encode(job), socket.MSG_DONTWAIT)
             while True:
                 with trio.move_on_after(timeout) as scope:
                     await trio.lowlevel.wait_readable(worker.socket)
@@ -128,6 +127,17 @@ class WorkerPool:
         self._alive += 1
         self._idle.append(self._spawn())
 
+    async def _start(self, job: bytes) -> _Worker:
+        """A worker that has the job; one that ended while it was idle (killed, say) is replaced."""
+        worker = await self._take()
+        try:
+            worker.socket.send(job, socket.MSG_DONTWAIT)
+        except (BrokenPipeError, ConnectionResetError):
+            await worker.kill()
+            worker = self._spawn()
+            worker.socket.send(job, socket.MSG_DONTWAIT)
+        return worker
+
     async def _take(self) -> _Worker:
         if self._idle:
             return self._idle.pop()
@@ -150,8 +160,10 @@ class WorkerPool:
         """A new worker for a place that the caller has counted already."""
         try:
             return _Worker(*self._fork_server.spawn())
-        except BaseException:
+        except BaseException as error:
             self._pass_on(None)
+            if isinstance(error, OSError):
+                raise errors.WorkerDiedError("fork server") from error
             raise
 
     def _pass_on(self, worker: _Worker | None) -> None:
