@@ -104,8 +104,11 @@ class CapacityKeeper:
             self._residency.put_back_superseded(kept)
             if freed:
                 return True
-        if await self._evict_unused(size):
-            return True
+        try:
+            if await self._evict_unused(size):
+                return True
+        except OSError as error:
+            log.warning("unused files not evicted error=%r", error.strerror)
         if self._policy == "lru":
             return await self._evict_oldest(size)
         return False

@@ -98,8 +98,10 @@ class CopyHandlers:
                 self._storage.discard_held(name)
                 return FOUND, b"", 0
             if earlier_boot:
-                self._storage.discard_held(name)
-                return self._revive(name, earlier_boot, earlier_checksum)
+                try:
+                    return self._revive(name, earlier_boot, earlier_checksum)
+                finally:
+                    self._storage.discard_held(name)
             try:
                 checksum = yield from self._copy(staged, name, path, version)
                 self._storage.commit(name)

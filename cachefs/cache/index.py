@@ -167,31 +167,35 @@ class IndexHandlers:
 
     def table(self) -> Mapping[str, Handler]:
         return {
-            "reconcile": _storage_errors(self._reconcile),
+            "reconcile": self._guarded(self._reconcile),
             "count": self._count,
-            "load": _storage_errors(self._load),
-            "record": _storage_errors(self._record),
-            "unused": _storage_errors(self._unused),
+            "load": self._guarded(self._load),
+            "record": self._guarded(self._record),
+            "unused": self._guarded(self._unused),
         }
 
     @property
     def _index(self) -> Index:
         if self._opened is None:
-            self._opened = Index(self._path)
+            try:
+                self._opened = Index(self._path)
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:
+                self._remove()
+                self._opened = Index(self._path)
         return self._opened
 
+    def _remove(self) -> None:
+        """Drop a damaged index: it is made anew, and the files on disk tell what they are, but for their checksums."""
+        self.close()
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+
     def _reconcile(self) -> Generator[Any, None, tuple[int, int]]:
-        """Only while no other mount uses the scratch: a damaged index is made anew from what is on disk."""
+        """Only while no other mount uses the scratch."""
         yield from ()
-        try:
-            return self._index.reconcile(self._storage)
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError:
-            self.close()
-            for suffix in ("", "-wal", "-shm"):
-                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-            return self._index.reconcile(self._storage)
+        return self._index.reconcile(self._storage)
 
     def _count(self) -> Generator[Any, None, tuple[int, int]]:
         """(bytes, files) in scratch, without the index."""
@@ -220,12 +224,16 @@ class IndexHandlers:
             self._opened.close()
             self._opened = None
 
+    def _guarded(self, handler: Handler) -> Handler:
+        def run(*arguments: Any) -> Generator[Any, None, Any]:
+            try:
+                return (yield from handler(*arguments))
+            except sqlite3.Error as error:
+                if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, _NOT_DAMAGE):
+                    self._remove()
+                raise StorageError(errno.EIO, str(error), "index.db") from error
 
-def _storage_errors(handler: Handler) -> Handler:
-    def wrapped(*arguments: Any) -> Generator[Any, None, Any]:
-        try:
-            return (yield from handler(*arguments))
-        except sqlite3.Error as error:
-            raise StorageError(errno.EIO, str(error), "index.db") from error
+        return run
 
-    return wrapped
+
+_NOT_DAMAGE = (sqlite3.OperationalError, sqlite3.IntegrityError, sqlite3.ProgrammingError)

@@ -67,8 +67,11 @@ class Storage:
             raise _storage_error(error, name) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(fd)
+            if not os.path.samestat(status, os.stat(path, dir_fd=self._files, follow_symlinks=False)):
+                return 0  # removed by another mount, and here again since
             os.unlink(path, dir_fd=self._files)
-            return os.fstat(fd).st_size
+            return status.st_size
         except BlockingIOError:
             return -1
         except FileNotFoundError:

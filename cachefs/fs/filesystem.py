@@ -187,14 +187,14 @@ class FileSystem:
             return inode
         node = self._node(inode)
         if shared is not None:
-            node.expires = 0.0
-            raise OSError(errno.ESTALE, "changed on the source", node.path)  # the kernel looks the name up afresh
+            self._expire(node)
+            raise OSError(errno.ESTALE, "changed on the source", node.path)
         node = await self.getattr(inode)
         assert node.attributes is not None  # getattr's promise
         try:
             file = await self._cache.open(node.path, node.attributes)
         except SourceError:
-            node.expires = 0.0  # where it is ESTALE, the kernel looks the name up afresh
+            self._expire(node)
             raise
         shared = self._files.get(inode)
         if shared is not None:  # opened by somebody else meanwhile
@@ -221,6 +221,13 @@ class FileSystem:
         for file, _ in self._files.values():
             file.close()
         self._files.clear()
+
+    def _expire(self, node: Node) -> None:
+        """Believe the names that lead to a node no more: at ESTALE the kernel looks all of them up afresh."""
+        above: Node | None = node
+        while above is not None:
+            above.expires = 0.0
+            above = above.parent
 
     def _node(self, inode: int) -> Node:
         node = self.inodes.get(inode)

@@ -45,14 +45,20 @@ class ForkServer:
         return cls(ours, pid)
 
     def spawn(self) -> tuple[socket.socket, int]:
-        """A new worker's (socket, pidfd). Blocks for the time of a fork of a small process (some 1-3 ms)."""
+        """A new worker's (socket, pidfd). Blocks for the time of a fork of a small process (some 1-3 ms).
+
+        Raises OSError.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            socket.send_fds(self._socket, [b"fork"], [theirs.fileno()])
-        _, fds, _, _ = socket.recv_fds(self._socket, 16, 1)
-        if not fds:
+        try:
+            with theirs:
+                socket.send_fds(self._socket, [b"fork"], [theirs.fileno()])
+            answer, fds, _, _ = socket.recv_fds(self._socket, 256, 1)
+            if not fds:
+                raise ChildProcessError(answer.decode() or "the fork server is gone")
+        except BaseException:
             ours.close()
-            raise ChildProcessError("the fork server is gone")
+            raise
         return ours, fds[0]
 
     def close(self) -> None:
@@ -78,7 +84,12 @@ def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
         message, fds, _, _ = socket.recv_fds(sock, 16, 1)
         if not message:
             os._exit(0)
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # too many processes, say: this one request fails
+            sock.send(str(error).encode())
+            os.close(fds[0])
+            continue
         if pid == 0:
             try:
                 _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -91,9 +91,13 @@ class WorkerPool:
         Raises what the handler raised (OSError and its classes of cachefs.errors), SourceTimeoutError after
         `timeout` seconds without a word, WorkerDiedError, or WorkerBugError. `what` names the job in errors.
         """
-        worker = await self._start(encode(job))
+        packet = encode(job)
+        if len(packet) > BUFFER_BYTES:
+            raise OSError(errno.ENAMETOOLONG, "does not fit into a message", what)
+        worker = await self._take()
         finished = False
         try:
+            worker = await self._send(worker, packet)
             while True:
                 with trio.move_on_after(timeout) as scope:
                     await trio.lowlevel.wait_readable(worker.socket)
@@ -127,15 +131,15 @@ class WorkerPool:
         self._alive += 1
         self._idle.append(self._spawn())
 
-    async def _start(self, job: bytes) -> _Worker:
-        """A worker that has the job; one that ended while it was idle (killed, say) is replaced."""
-        worker = await self._take()
+    async def _send(self, worker: _Worker, job: bytes) -> _Worker:
+        """Give the job to the worker, or to another one in its place if it ended while it was idle (killed, say)."""
         try:
             worker.socket.send(job, socket.MSG_DONTWAIT)
         except (BrokenPipeError, ConnectionResetError):
+            fresh = self._fork()
             await worker.kill()
-            worker = self._spawn()
-            worker.socket.send(job, socket.MSG_DONTWAIT)
+            fresh.socket.send(job, socket.MSG_DONTWAIT)
+            return fresh
         return worker
 
     async def _take(self) -> _Worker:
@@ -159,12 +163,17 @@ class WorkerPool:
     def _spawn(self) -> _Worker:
         """A new worker for a place that the caller has counted already."""
         try:
-            return _Worker(*self._fork_server.spawn())
-        except BaseException as error:
+            return self._fork()
+        except BaseException:
             self._pass_on(None)
-            if isinstance(error, OSError):
-                raise errors.WorkerDiedError("fork server") from error
             raise
+
+    def _fork(self) -> _Worker:
+        try:
+            return _Worker(*self._fork_server.spawn())
+        except OSError as error:
+            log.error("no worker could be started pool=%s error=%r", self.name, str(error))
+            raise errors.WorkerDiedError("fork server") from error
 
     def _pass_on(self, worker: _Worker | None) -> None:
         """Give a worker, or the place of one that is gone, to whoever has waited longest."""
