@@ -192,6 +192,7 @@ def test_after_a_reboot_copies_are_checked_before_they_are_believed(slow, mounte
         file.seek(SIZE // 2)
         file.write(bytes([flipped]))
     second = mounted(slow.path, at=mountpoint)
+    second.expect_log("damaged copy dropped path=b'3'")
     assert counters(second)["resident_files"] == 6
     slow.reset()
     read(second, range(6))

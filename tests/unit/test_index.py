@@ -204,12 +204,14 @@ def test_an_index_damaged_in_the_middle_is_made_anew(scratch, storage):
     handlers.close()
 
 
-def test_a_damaged_index_is_an_error_of_storage_for_all_others(scratch, handlers):
+@pytest.mark.parametrize("job", [("load", DATASET, b"/source"), ("unused", [], -1), ("record", DATASET, [], [], [])])
+def test_a_damaged_index_is_made_anew_by_whoever_meets_it(scratch, handlers, job):
+    """Also after a clean end, when nothing is reconciled: what it knew is lost, what is on disk is not."""
     (scratch.path / "index.db").write_bytes(b"no database" * 1000)
-    with pytest.raises(StorageError):
-        run(handlers.table()["load"](DATASET, b"/source"))
-    with pytest.raises(StorageError):
-        run(handlers.table()["unused"]([], -1))
+    name, *arguments = job
+    run(handlers.table()[name](*arguments))
+    run(handlers.table()["record"](DATASET, [row(1, 10)], [], []))
+    assert run(handlers.table()["load"](DATASET, b"/source"))[0] == [[(name_of(1), 10, b"checksum", BOOT)]]
 
 
 def test_an_index_that_is_locked_or_not_to_be_opened_is_not_thrown_away(scratch, storage):
