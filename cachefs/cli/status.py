@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,4 +101,5 @@ def _print(report: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for label, key, form in _ROWS:
         table.add_row(label, Text(printable(form(report[key]))))
-    Console().print(table)
+    # where nothing has to fit a screen no path is folded, so that it can be copied
+    (Console() if sys.stdout.isatty() else Console(width=10_000)).print(table)

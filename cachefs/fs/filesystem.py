@@ -20,7 +20,7 @@ import trio
 
 from cachefs.cache.cache import Cache
 from cachefs.cache.files import Buffer, OpenFile
-from cachefs.errors import SourceError
+from cachefs.errors import SourceError, SourceTimeoutError
 from cachefs.fs.inodes import Directory, Inodes, Node, directory_of
 from cachefs.source.attributes import Attributes
 from cachefs.source.client import NAMES_A_JOB, Source
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _COLD_LOOKUPS = 2
 """From this many lookups in a listed directory without known attributes on, those of all its names are asked for."""
 _GATHERS = 2
+_BELIEVE_LONGER_SECONDS = 60.0
 
 
 class FileSystem:
@@ -66,6 +67,10 @@ class FileSystem:
         path = parent.path
         try:
             attributes = await self._source.stat(path + b"/" + name if path else name)
+        except SourceTimeoutError as error:
+            if node is None or node.attributes is None:
+                raise
+            return self._believe_longer(node, error)
         except SourceError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -84,11 +89,22 @@ class FileSystem:
         now = time.monotonic()
         if node.attributes is not None and (now < node.expires or inode in self._files):
             return node
-        attributes = await self._source.stat(node.path)
+        try:
+            attributes = await self._source.stat(node.path)
+        except SourceTimeoutError as error:
+            if node.attributes is None:
+                raise
+            return self._believe_longer(node, error)
         if node.parent is None:
             self.inodes.refresh(node, attributes, now + self._ttl)
         elif self.inodes.update(node.parent, node.name, attributes, now + self._ttl) is not node:
             raise OSError(errno.ESTALE, "changed on the source", node.path)  # the kernel looks the name up afresh
+        return node
+
+    def _believe_longer(self, node: Node, error: SourceTimeoutError) -> Node:
+        """A source that hangs says nothing new of an entry: what is resident stays readable with what was known."""
+        log.warning("metadata believed longer path=%r error=%r", node.path, error.strerror)
+        node.expires = time.monotonic() + _BELIEVE_LONGER_SECONDS
         return node
 
     async def readlink(self, inode: int) -> bytes:

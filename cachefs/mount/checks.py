@@ -61,10 +61,9 @@ def check_paths(settings: Settings) -> None:
             "leave the mountpoint out to mount over the source, or give one outside",
         )
     below = containing_mount(source)
-    if below is not None and below.lease is not None and below.lease[0] == scratch:
-        raise CachefsError(
-            f"source {source} is in the mount of cachefs at {below.path}, which has the same scratch",
-            "mount the directory below it, or choose another with --scratch",
+    if below is not None and below.path == source and below.lease is not None and below.lease[0] == scratch:
+        raise CachefsError(  # two mounts of one dataset, of which one is the other's source: each waits for the other
+            f"source {source} is a mount of cachefs with the same scratch", "choose another with --scratch"
         )
     if os.geteuid() != 0:
         _check_may_cover(mountpoint)

@@ -43,7 +43,7 @@ class Session:
             limit = CONNECTIONS / mount.device.partition(":")[2] / "max_background"
             limit.write_text(str(_BACKGROUND_REQUESTS))
         except OSError as error:
-            log.info("read-ahead limit not raised error=%r", error.strerror)
+            log.debug("read-ahead limit not raised error=%r", error.strerror)
 
     async def end_when_unmounted(self, end: Callable[[], None]) -> None:
         """Call `end` when the kernel has closed the connection.

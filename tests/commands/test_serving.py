@@ -92,7 +92,6 @@ class TestForeground:
                 break
         return process
 
-    @pytest.mark.xfail(strict=True, reason="trio warns of strict_exception_groups=False in mount/serve.py")
     def test_says_only_that_it_serves(self, place: Place):
         command = ("mount", place.source, "--scratch", place.scratch, "--foreground")
         with place.start(*command, stderr=subprocess.PIPE) as process:

@@ -15,7 +15,7 @@ import pytest
 
 from cachefs.cache.scratch import open_scratch
 from cachefs.demo.slow_source import SlowSource
-from cachefs.mount.control import ask
+from cachefs.mount.control_client import ask
 from cachefs.mount.mountinfo import find_mount
 from tests.harness import MountedCache
 

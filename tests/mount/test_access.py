@@ -39,9 +39,9 @@ def as_nobody(*paths):
 @pytest.fixture
 def tree(source, tmp_path):
     """A source that other users may reach."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        if folder.stat().st_uid == os.geteuid() and os.geteuid() == 0:
-            folder.chmod(folder.stat().st_mode | 0o055)
+    for folder in (tmp_path, *tmp_path.parents):
+        if not folder.stat().st_mode & 0o001 and os.geteuid() == 0:
+            folder.chmod(folder.stat().st_mode | 0o011)
     source.chmod(0o755)
     for name, mode in (("private", 0o600), ("public", 0o644)):
         (source / name).write_bytes(b"content")

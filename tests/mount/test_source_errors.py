@@ -176,6 +176,19 @@ def test_status_and_umount_over_a_hung_source(slow, mounted, command, place, ttl
     assert not cache.is_mounted()
 
 
+def test_what_was_known_is_believed_while_the_source_hangs(slow, mounted, mountpoint):
+    """Semantics 9: a resident file stays readable when its metadata are due again and nobody answers."""
+    cache = mounted(slow.path, "--source-timeout", "1", "--metadata-ttl", "0.2", at=mountpoint)
+    cache.expect_log("metadata believed longer")
+    assert len((mountpoint / "file").read_bytes()) == SIZE
+    slow.fail(hang=True)
+    before = slow.statistics().operations["lookup"]
+    wait_until(lambda: os.stat(mountpoint / "file") and slow.statistics().operations["lookup"] > before, "it was asked")
+    assert len((mountpoint / "file").read_bytes()) == SIZE
+    assert counters(cache)["fetches"] == 1
+    slow.clear_faults()
+
+
 def test_a_slow_source_is_no_error(slow, mounted, mountpoint):
     """Semantics 9: a source that takes its time, but less than the time-out an operation, is waited for."""
     cache = mounted(slow.path, "--source-timeout", "3", at=mountpoint)
