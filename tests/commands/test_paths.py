@@ -34,7 +34,7 @@ def test_odd_names(place: Place, name: str):
     assert place.read_as_user(at / "file") == b"content"
     status = place.status(at)
     assert (status["source"], status["mountpoint"], status["scratch"]) == (str(source), str(at), str(scratch))
-    assert str(at) in [json.loads(line)["mountpoint"] for line in place.do("status", "--json").splitlines()]
+    assert str(at) in [json.loads(line)["mountpoint"] for line in place.run("status", "--json").stdout.splitlines()]
     assert "resident files" in place.do("status", at)
     assert place.do("umount", at, "--purge").count("\n") == 1
     assert not is_ours(at)
@@ -141,7 +141,7 @@ def test_a_mount_inside_another(place: Place):
     outer = place.mount(place.source, place.mountpoint)
     if place.user.uid != 0:
         says = f"mountpoint {outer}/sub is on a read-only file system, where only root can mount"
-        place.refused("mount", place.path, outer / "sub", "--scratch", "/tmp/x", says=says)
+        place.refused("mount", place.make("third"), outer / "sub", "--scratch", place.scratch, says=says)
         place.do("umount", outer)
         return
     inner = place.mount(outer / "sub")
@@ -156,7 +156,7 @@ def test_two_at_once_in_one_scratch(place: Place):
     second = place.mount(place.source, place.make("second"))
     for at in first, second:
         assert place.read_as_user(at / "one") == b"1" * 1000
-    reports = [json.loads(line) for line in place.do("status", "--json").splitlines()]
+    reports = [json.loads(line) for line in place.run("status", "--json").stdout.splitlines()]
     here = [report for report in reports if report["scratch"] == str(place.scratch)]
     assert {report["mountpoint"] for report in here} == {str(first), str(second)}
     done = place.run("umount", first, "--purge")

@@ -81,7 +81,7 @@ def test_json_has_the_keys_of_the_contract(place: Place):
 
 def test_json_is_one_line_a_mount(place: Place):
     paths = [place.mount(place.source, place.make(name)) for name in ("first", "second")]
-    found = {json.loads(line)["mountpoint"] for line in place.do("status", "--json").splitlines()}
+    found = {json.loads(line)["mountpoint"] for line in place.run("status", "--json").stdout.splitlines()}
     assert found >= set(map(str, paths))
     for path in paths:
         place.do("umount", path)
