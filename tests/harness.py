@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from cachefs.mount.mountinfo import find_mount, read_mounts
 
@@ -49,6 +50,10 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what}")
         time.sleep(0.005)
+
+
+over_a_fuse_mount = pytest.mark.skipif(os.geteuid() != 0, reason="fusermount3 may not enter a user's own FUSE mount")
+"""Of tests that mount over the slow source itself."""
 
 
 class MountedCache:

@@ -137,6 +137,12 @@ def _check_may_cover(mountpoint: Path) -> None:
             f"mountpoint {mountpoint} is on a read-only file system, where only root can mount",
             "give a MOUNTPOINT elsewhere",
         )
+    around = containing_mount(mountpoint)
+    if around is not None and around.fstype.startswith("fuse.") and "allow_other" not in around.options:
+        raise CachefsError(  # not even root may look into it, and fusermount3 is root
+            f"mountpoint {mountpoint} is in a FUSE file system ({around.fstype}), which fusermount3 may not enter",
+            "give a MOUNTPOINT elsewhere, or mount that file system with allow_other",
+        )
     is_sticky = status.st_mode & stat.S_ISVTX and status.st_uid != os.geteuid()
     if is_sticky or not os.access(mountpoint, os.W_OK):
         raise CachefsError(

@@ -43,12 +43,13 @@ MEMORY_FSTYPES = frozenset(("tmpfs", "ramfs"))
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of mountinfo. `device` is "major:minor", `name` what was mounted."""
+    """One line of mountinfo. `device` is "major:minor", `name` what was mounted, `options` the file system's own."""
 
     path: Path
     device: str
     fstype: str
     name: str
+    options: frozenset[str] = frozenset()
 
     @property
     def lease(self) -> tuple[Path, str] | None:
@@ -75,6 +76,7 @@ def read_mounts() -> list[Mount]:
                     fields[2].decode(),
                     _unescape(fields[end + 1]),
                     _unescape(fields[end + 2]),
+                    frozenset(fields[end + 3].decode(errors="replace").split(",")),
                 )
             )
     return mounts

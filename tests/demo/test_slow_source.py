@@ -21,6 +21,7 @@ import pytest
 
 from cachefs.demo import slow_operations
 from cachefs.demo.slow_source import MODULE, FileStatistics, SlowSource, SlowSourceError, mounted_at
+from tests.harness import over_a_fuse_mount
 
 SIZE = 110_000
 LATENCY = 0.02
@@ -424,6 +425,7 @@ def test_close_after_the_process_was_killed(backing, mountpoint):
     assert not mounted_at(mountpoint)
 
 
+@over_a_fuse_mount
 def test_close_below_a_dead_mount(backing, mountpoint):
     lower = SlowSource(backing, mountpoint)
     upper = SlowSource(mountpoint, mountpoint)
@@ -435,6 +437,7 @@ def test_close_below_a_dead_mount(backing, mountpoint):
     upper.close()
 
 
+@over_a_fuse_mount
 def test_close_leaves_what_lies_below(backing, mountpoint):
     with SlowSource(backing, mountpoint) as lower:
         with SlowSource(mountpoint, mountpoint) as upper:

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from tests.harness import find_mount, run_cachefs, wait_until
+from tests.harness import find_mount, over_a_fuse_mount, run_cachefs, wait_until
 from tests.mount.observing import describe_tree, digest, errno_of
 
 CHANGES = {
@@ -80,6 +80,7 @@ def test_the_mount_elsewhere_leaves_the_source_as_it_is(tree, mounted, mountpoin
     assert describe_tree(tree) == before
 
 
+@over_a_fuse_mount
 def test_the_covered_source_is_reached_through_its_descriptor(tree, mounted, slow_source):
     """Semantics 2: what changes below the mount that covers the source is seen through the mount."""
     slow = slow_source(tree)

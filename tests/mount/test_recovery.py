@@ -9,7 +9,7 @@ import struct
 
 import pytest
 
-from tests.harness import detach, wait_until
+from tests.harness import detach, over_a_fuse_mount, wait_until
 from tests.mount.observing import counters, errno_of, opens, stored_files
 
 SIZE = 110_000
@@ -47,7 +47,9 @@ def assert_accounted(cache):
     assert os.listdir(cache.scratch / "staging") == []
 
 
-@pytest.mark.parametrize("over", [False, True], ids=["elsewhere", "over the source"])
+@pytest.mark.parametrize(
+    "over", [False, pytest.param(True, marks=over_a_fuse_mount)], ids=["elsewhere", "over the source"]
+)
 def test_resident_files_survive_a_crash(slow, mounted, mountpoint, over):
     """Semantics 11: after SIGKILL and a new mount, what was resident is a hit, without a read of the source."""
     place = None if over else mountpoint

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.harness import CACHEFS, clean_environment, run_cachefs, wait_until
+from tests.harness import CACHEFS, clean_environment, over_a_fuse_mount, run_cachefs, wait_until
 from tests.mount.observing import Reader, counters, errno_of, opens
 
 SIZE = 110_000
@@ -157,6 +157,7 @@ def command(slow):
         process.wait()
 
 
+@over_a_fuse_mount
 @pytest.mark.parametrize("place", [".", "sub"], ids=["over the whole source", "over a directory inside it"])
 @pytest.mark.parametrize("ttl", ["3600", "0"])
 def test_status_and_umount_over_a_hung_source(slow, mounted, command, place, ttl):
