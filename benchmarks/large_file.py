@@ -57,7 +57,8 @@ def run(folder: Path, repetitions: int, *, quick: bool) -> list[Result]:
                 first = timed_python(READ_THROUGH, large)
                 cpu.append(cache.cpu_seconds() - before)
                 memory.append(cache.resident_bytes() / _MIB)
-                assert source.statistics().bytes_read == size
+                # the kernel reads a page of the source twice now and then, when its read-ahead is congested
+                assert size <= source.statistics().bytes_read < 1.001 * size
                 drop_caches()
                 again.append(direct / timed_python(READ_THROUGH, large))
             through.append(first / direct)

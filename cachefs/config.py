@@ -34,9 +34,12 @@ def parse_size(text: str) -> int:
     try:
         whole, _, part = match[1].partition(".")
         scale: int = 10 ** len(part)
-        return int(whole + part) * _UNITS[(match[2] or "").upper()] // scale
+        size = int(whole + part) * _UNITS[(match[2] or "").upper()] // scale
     except ValueError:  # thousands of digits
-        raise UsageError("the size is too long to be a number") from None
+        size = 1 << 63
+    if size >= 1 << 63:
+        raise UsageError("the size is larger than any file system", "write a number such as 300G")
+    return size
 
 
 def parse_seconds(text: str) -> float:

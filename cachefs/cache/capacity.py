@@ -86,9 +86,13 @@ class CapacityKeeper:
         """A stored file is gone."""
         self._ledger.remove(size)
 
-    def suspend(self) -> None:
+    def doubt(self) -> None:
+        """What was reserved or stored may not be what is there."""
+        self._ledger.doubt()
+
+    def suspend(self, seconds: float = _SUSPEND_SECONDS) -> None:
         """Scratch has failed: grant nothing for a while, so that files are not read twice in vain."""
-        self._suspended_until = trio.current_time() + _SUSPEND_SECONDS
+        self._suspended_until = trio.current_time() + seconds
 
     def _try(self, size: int) -> bool:
         available, total = self._storage.space()
@@ -138,16 +142,22 @@ class CapacityKeeper:
 
     async def _evict_oldest(self, size: int) -> bool:
         """Evict this dataset's least recently used files."""
-        chosen: list[tuple[bytes, str, int]] = []
-        for file in self._residency.oldest():
-            if size <= 0 or len(chosen) == _BATCH_FILES:
-                break
-            chosen.append((file.name, file.boot, file.size))
-            size -= file.size
-        freed, kept = await self._remove(chosen)
-        for name, _, _ in kept:
-            self._residency.touch(name)  # open: not the oldest any more
-        return freed > 0
+        looked_at = 0
+        while looked_at < len(self._residency):
+            chosen: list[tuple[bytes, str, int]] = []
+            wanted = size
+            for file in self._residency.oldest():
+                if wanted <= 0 or len(chosen) == _BATCH_FILES:
+                    break
+                chosen.append((file.name, file.boot, file.size))
+                wanted -= file.size
+            freed, kept = await self._remove(chosen)
+            for name, _, _ in kept:
+                self._residency.touch(name)  # open: not the oldest any more
+            if freed:
+                return True
+            looked_at += len(chosen)
+        return False
 
     async def _remove(self, files: list[tuple[bytes, str, int]]) -> tuple[int, list[tuple[bytes, str, int]]]:
         """Remove `files`, each (name, boot, size): the bytes freed, and the files that are open and stay."""
@@ -155,7 +165,13 @@ class CapacityKeeper:
             return 0, []
         job = ("remove", [(name, boot) for name, boot, _ in files])
         freed, kept = 0, []
-        for file, answer in zip(files, await self._copies.run(job, what="evict"), strict=True):
+        answers = None
+        try:
+            answers = await self._copies.run(job, what="evict")
+        finally:
+            if answers is None:
+                self._ledger.doubt()
+        for file, answer in zip(files, answers, strict=True):
             if answer < 0:
                 kept.append(file)
                 continue

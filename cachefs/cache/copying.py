@@ -16,14 +16,14 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import xxhash
 
 from cachefs.cache.storage import Storage
 from cachefs.errors import SourceChangedError, StorageError
 from cachefs.source.attributes import is_same_content, pack_stat, size_of, version_of
-from cachefs.source.handlers import file_errors, open_version
+from cachefs.source.handlers import file_errors, open_version, read_exactly
 from cachefs.source.tree import SourceTree
 from cachefs.workers.protocol import Handler
 
@@ -34,9 +34,11 @@ _LARGEST_CHUNK_BYTES = 4 * 1024 * 1024
 _CHUNK_SECONDS = 0.1  # chunks grow while they take less than this, so that a slow source still shows progress
 _CHUNKS_AHEAD = 2
 _AHEAD_SECONDS = 0.05
-_MOST_AHEAD_BYTES = 8 * 1024 * 1024
+_MOST_AHEAD_BYTES = 1024 * 1024
+"""8 windows: from 9 requests under way on, FUSE in the kernel skips read-ahead, and reads parts of it twice then."""
 _WINDOW_BYTES = 128 * 1024  # the kernel's read-ahead on FUSE; on other file systems it is this or more
 _PROGRESS_SECONDS = 0.002
+_STANDSTILL_SECONDS = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05  # seconds between looks at a copy that another mount makes
 
 COPIED, FOUND, REVIVED, DROPPED = "copied", "found", "revived", "dropped"
@@ -86,11 +88,13 @@ class CopyHandlers:
         With an `earlier_boot` it is only looked whether the copy of that boot is good.
         """
         pause = _FIRST_PAUSE
-        frontier = -1
+        frontier, moved_at = -1, time.monotonic()
         while (staged := self._storage.stage(name)) is None:
-            if self._storage.frontier(name) > frontier:  # a copy that stands still must not look alive
-                frontier = self._storage.frontier(name)
+            if self._storage.frontier(name) > frontier:
+                frontier, moved_at = self._storage.frontier(name), time.monotonic()
                 yield frontier
+            elif time.monotonic() - moved_at > _STANDSTILL_SECONDS:  # the other mount is stopped, say
+                raise StorageError(errno.EBUSY, "another mount's copy stands still", name.hex())
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE)
         try:
@@ -143,7 +147,7 @@ class CopyHandlers:
         with file_errors(path):
             source = self._tree.open(path)
             try:
-                data = _read_exactly(source, 0, size)
+                data = read_exactly(source, 0, size)
                 if version_of(pack_stat(os.fstat(source))) != version or len(data) != size:
                     raise SourceChangedError(path)
             finally:
@@ -187,23 +191,16 @@ class CopyHandlers:
     def _remove(self, files: list[tuple[bytes, str]]) -> Generator[int, None, list[int]]:
         """Remove complete files, each (name, boot); what Storage.remove says of each."""
         yield from ()
-        return [self._storage.remove(name, boot) for name, boot in files]
+        return [self._remove_one(name, boot) for name, boot in files]
+
+    def _remove_one(self, name: bytes, boot: str) -> int:
+        try:
+            return self._storage.remove(name, boot)
+        except StorageError:
+            return -1  # it stays, and stays counted
 
 
 _ZEROS = bytes(1024 * 1024)
-
-
-def _read_exactly(fd: int, offset: int, size: int) -> bytes:
-    """`size` bytes, or fewer where the file ends."""
-    data = os.pread(fd, size, offset)
-    if len(data) == size or not data:
-        return data
-    parts = [data]
-    got = len(data)
-    while got < size and (data := os.pread(fd, size - got, offset + got)):
-        parts.append(data)
-        got += len(data)
-    return b"".join(parts)
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -249,13 +246,14 @@ class _Reader:
                     began = time.monotonic()
                     self._chunks.put((self._read_chunk(offset, length), length))
                     # the staged copy has these pages as well
-                    os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+                    _advise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
                     offset += length
                     if time.monotonic() - began < _CHUNK_SECONDS:
                         length = min(2 * length, _LARGEST_CHUNK_BYTES)
         except OSError as error:
             self._chunks.put((error, 0))
-        self._chunks.put(None)
+        finally:
+            self._chunks.put(None)
 
     def _read_chunk(self, offset: int, length: int) -> memoryview:
         """`length` bytes, or fewer where the file ends before them."""
@@ -279,8 +277,13 @@ class _Reader:
         rate = self._got / max(time.monotonic() - self._started, 1e-3)
         ahead = min(max(_PIECE_BYTES, int(rate * _AHEAD_SECONDS)), _MOST_AHEAD_BYTES)
         for start in range(max(offset, self._asked), min(offset + ahead, self._size), _WINDOW_BYTES):
-            os.posix_fadvise(self._fd, start, _WINDOW_BYTES, os.POSIX_FADV_WILLNEED)
+            _advise(self._fd, start, _WINDOW_BYTES, os.POSIX_FADV_WILLNEED)
             self._asked = start + _WINDOW_BYTES
+
+
+def _advise(fd: int, offset: int, length: int, advice: int) -> None:
+    with suppress(OSError):  # it is advice: a file system may not know it
+        os.posix_fadvise(fd, offset, length, advice)
 
 
 def _extents(fd: int, size: int) -> Iterator[tuple[int, int, bool]]:

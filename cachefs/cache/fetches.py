@@ -39,6 +39,7 @@ class Fetch:
         self.size = size_of(version)
         self.started = time.monotonic()
         self.frontier = 0
+        self.is_waiting_for_its_turn = False
         self.is_open = False
         self.is_over = False
         self.error: OSError | None = None
@@ -116,7 +117,9 @@ class Fetches:
     async def _run(self, fetch: Fetch, earlier: Resident | None) -> None:
         try:
             if fetch.size >= LARGE_FILE_BYTES:
+                fetch.is_waiting_for_its_turn = self._large.available_tokens <= 0
                 async with self._large:
+                    fetch.is_waiting_for_its_turn = False
                     await self._copy(fetch, earlier)
             else:
                 await self._copy(fetch, earlier)
@@ -130,7 +133,7 @@ class Fetches:
         try:
             if earlier is not None and not await self._revive(fetch, earlier):
                 if not await self._capacity.reserve(fetch.size):
-                    raise StorageError(errno.ENOSPC, "no room for another copy", fetch.path)
+                    raise StorageError(errno.EBUSY, "no room for another copy", fetch.path)
                 reserved, earlier = fetch.size, None
             if earlier is None:
                 how, checksum, copied = await self._run_job(fetch, "", b"")
@@ -138,21 +141,22 @@ class Fetches:
                     self._metrics.source_bytes_read += copied
                     self._metrics.fetches += 1
                     self._capacity.settle(fetch.size)
-                    reserved = None
+                else:
+                    self._capacity.release(fetch.size)
+                reserved = None
                 self._residency.add(fetch.name, fetch.path, fetch.version, checksum)
             fetch.finish(None)
         except OSError as error:
             self._metrics.fetch_errors += 1
             self._metrics.source_bytes_read += fetch.frontier
-            self._discard_staged(fetch)
-            if isinstance(error, StorageError):
+            if isinstance(error, StorageError) and error.errno != errno.EBUSY:
                 self._capacity.suspend()
             level = logging.INFO if isinstance(error, SourceError) else logging.WARNING
             log.log(level, "fetch failed path=%r error=%r", fetch.path, describe(error))
             fetch.finish(error)
         finally:
             if reserved is not None:
-                self._capacity.release(reserved)
+                self._give_back(fetch, reserved)
 
     async def _revive(self, fetch: Fetch, earlier: Resident) -> bool:
         """Take over the copy of an earlier boot if it proves whole."""
@@ -173,8 +177,17 @@ class Fetches:
         )
         return result
 
-    def _discard_staged(self, fetch: Fetch) -> None:
+    def _give_back(self, fetch: Fetch, reserved: int) -> None:
+        """A fetch has failed or was cancelled: drop what is staged, and the reservation if nothing came of it."""
         try:
-            self._storage.discard_staged(fetch.name)
+            is_dropped = self._storage.discard_staged(fetch.name)
         except StorageError as error:
             log.warning("staged copy not removed path=%r error=%r", fetch.path, describe(error))
+            is_dropped = False
+        if self._storage.has(fetch.name):  # complete, and its worker's last word was lost
+            self._capacity.settle(reserved)
+            self._capacity.doubt()
+        elif is_dropped:
+            self._capacity.release(reserved)
+        else:  # it takes room still
+            self._capacity.doubt()

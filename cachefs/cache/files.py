@@ -144,7 +144,7 @@ class OpenFile:
         Raises SourceError where the fetch failed for it.
         """
         while fetch.frontier < end and not fetch.is_over:
-            if start > fetch.frontier + max(_NEAR_BYTES, fetch.rate * _NEAR_SECONDS):
+            if fetch.is_waiting_for_its_turn or start > fetch.frontier + max(_NEAR_BYTES, fetch.rate * _NEAR_SECONDS):
                 return False
             await fetch.progress()
         if isinstance(fetch.error, SourceError) and fetch.frontier < end:

@@ -18,6 +18,8 @@ import struct
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+from cachefs.errors import CachefsError
+
 _HEADER = struct.Struct("<8sqq32sBB")  # magic, stored bytes, stored files, boot of the clean end, clean?, too high?
 _MAGIC = b"cfsledg1"
 _SLOTS_AT = 64
@@ -26,7 +28,7 @@ _SLOTS = 64
 _BYTES = _SLOTS_AT + _SLOTS * _SLOT.size
 
 
-class LedgerFullError(Exception):
+class LedgerFullError(CachefsError):
     """All slots belong to live mounts."""
 
 
@@ -65,7 +67,7 @@ class Ledger:
                 if not lease and self._slot < 0:
                     self._slot = number
             if self._slot < 0:
-                raise LedgerFullError(f"{_SLOTS} mounts use this scratch already")
+                raise LedgerFullError(f"{_SLOTS} mounts use this scratch already", "choose another with --scratch")
             self._write_header(stored, files, too_high=too_high)
             self._write_slot(self._slot, self._lease, 0)
         return trusted
@@ -82,6 +84,12 @@ class Ledger:
     def close(self) -> None:
         self._map.close()
         os.close(self._fd)
+
+    def doubt(self) -> None:
+        """The count may be wrong: have the next mount without company count afresh."""
+        with self._locked():
+            stored, files = self.stored()
+            self._write_header(stored, files, too_high=1)
 
     def set_stored(self, size: int, files: int) -> None:
         """The count, freshly made while no other mount is there."""

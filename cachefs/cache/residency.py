@@ -56,6 +56,10 @@ class Residency:
         self._used: dict[bytes, int] = {}
         self._forgotten: dict[bytes, None] = {}
         self._superseded: list[tuple[bytes, str, int]] = []
+        self._flushing = trio.Lock()
+        self._has_dropped = False
+        self.has_lost = False
+        """Whether the index lacks something for good."""
 
     def __len__(self) -> int:
         return len(self._files)
@@ -134,6 +138,13 @@ class Residency:
 
     async def flush(self) -> None:
         """Write what is not written yet. What cannot be written is logged and dropped: the file itself is there."""
+        async with self._flushing:
+            self.has_lost = True  # until all of it is written: this may be cancelled
+            self.has_lost = not await self._flush()
+
+    async def _flush(self) -> bool:
+        """Whether everything could be written."""
+        is_complete = not self._has_dropped
         added, self._added = list(self._added.values()), {}
         used, self._used = [(at, name) for name, at in self._used.items()], {}
         forgotten, self._forgotten = list(self._forgotten), {}
@@ -150,6 +161,9 @@ class Residency:
                 await self._pool.run(("record", self.dataset, rows, uses, gone), what="index")
             except OSError as error:
                 log.warning("index not written files=%d error=%s", len(rows), error)
+                self._has_dropped = True
+                is_complete = False
+        return is_complete
 
     def _load_batch(self, batch: list[tuple[bytes, int, bytes, str]]) -> None:
         for name, size, checksum, boot in batch:

@@ -7,7 +7,7 @@
     ledger               how much is stored and reserved, shared by all mounts
     leases/ID            one for each live mount, locked by it
     sockets/ID           its control socket
-    logs/ID.log          its log
+    logs/PID.log         the log of its daemon
 
 Invariants: scratch belongs to its user alone (0700) and is never a symbolic link; it is reached through one
 descriptor from the moment on at which this was checked.

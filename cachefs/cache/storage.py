@@ -143,20 +143,23 @@ class Storage:
         except OSError as error:
             raise _storage_error(error, name) from error
 
-    def discard_staged(self, name: bytes) -> None:
-        """Drop a staged file that nobody copies (any more)."""
+    def discard_staged(self, name: bytes) -> bool:
+        """Drop a staged file that nobody copies (any more). False if somebody does, so that it stays."""
         fd = self.open_staged(name)
         if fd is None:
-            return
+            return True
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(_text(name), dir_fd=self._staging)
-        except (BlockingIOError, FileNotFoundError):
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:
             pass
         except OSError as error:
             raise _storage_error(error, name) from error
         finally:
             os.close(fd)
+        return True
 
     def discard_abandoned(self) -> None:
         """Drop every staged file that nobody copies."""

@@ -46,6 +46,7 @@ class FileSystem:
         self._nursery = nursery
         self._ttl = ttl
         self._files: dict[int, tuple[OpenFile, int]] = {}
+        self._hung_until = 0.0
         self._gathers = trio.CapacityLimiter(_GATHERS)
 
     # Names and attributes
@@ -56,7 +57,7 @@ class FileSystem:
         directory = directory_of(parent)
         now = time.monotonic()
         node = self.inodes.child(parent, name)
-        if node is not None and now < node.expires:
+        if node is not None and (now < node.expires or (now < self._hung_until and node.attributes is not None)):
             return node
         if now < directory.absent.get(name, 0.0):
             return None
@@ -76,6 +77,7 @@ class FileSystem:
                 raise
             self.inodes.remove_child(parent, name, now + self._ttl)
             return None
+        self._hung_until = 0.0
         return self.inodes.update(parent, name, attributes, now + self._ttl)
 
     def absent_until(self, parent_inode: int, name: bytes) -> float:
@@ -87,7 +89,7 @@ class FileSystem:
         """The entry with attributes that are fresh, or those of an open file's version."""
         node = self._node(inode)
         now = time.monotonic()
-        if node.attributes is not None and (now < node.expires or inode in self._files):
+        if node.attributes is not None and (now < max(node.expires, self._hung_until) or inode in self._files):
             return node
         try:
             attributes = await self._source.stat(node.path)
@@ -102,9 +104,9 @@ class FileSystem:
         return node
 
     def _believe_longer(self, node: Node, error: SourceTimeoutError) -> Node:
-        """A source that hangs says nothing new of an entry: what is resident stays readable with what was known."""
+        """A source that hangs says nothing new of any entry: what is resident stays readable with what was known."""
         log.warning("metadata believed longer path=%r error=%r", node.path, error.strerror)
-        node.expires = time.monotonic() + _BELIEVE_LONGER_SECONDS
+        self._hung_until = time.monotonic() + _BELIEVE_LONGER_SECONDS
         return node
 
     async def readlink(self, inode: int) -> bytes:

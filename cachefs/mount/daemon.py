@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from cachefs.cache.scratch import claim_scratch
+from cachefs.cache.scratch import Scratch, claim_scratch
 from cachefs.config import Settings
 from cachefs.errors import CachefsError
 from cachefs.mount.purge import purge
@@ -97,21 +99,31 @@ def _serve(settings: Settings, on_ready: Callable[[], None], *, log_file: bool =
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each different file that readers have open
     scratch = claim_scratch(settings.scratch)
     if log_file:
-        _log_to(logging.FileHandler(_new_log(scratch.at("logs"))), settings)
+        _log_to(logging.FileHandler(_new_log(scratch)), settings)
     try:
         serve(lay_grounds(settings, scratch), on_ready)
     except CachefsError:
         if scratch.is_new:
-            purge(settings.scratch)  # a mount that did not come about leaves nothing behind
+            with suppress(CachefsError):  # another mount may use it by now
+                purge(settings.scratch)  # a mount that did not come about leaves nothing behind
         raise
 
 
-def _new_log(folder: Path) -> Path:
-    """The path of this process's log; of the older ones the newest stay."""
-    logs = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-    for old in logs[: -_KEPT_LOGS + 1]:
-        old.unlink(missing_ok=True)
-    return folder / f"{os.getpid()}.log"
+def _new_log(scratch: Scratch) -> Path:
+    """The path of this process's log; of those whose process has ended the newest stay."""
+    folder = scratch.open_directory("logs")
+    try:
+        ended = []
+        for name in os.listdir(folder):
+            if re.fullmatch(r"\d+\.log", name) and not os.path.exists(f"/proc/{name.removesuffix('.log')}"):
+                with suppress(FileNotFoundError):  # another mount that starts does the same
+                    ended.append((os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime, name))
+        for _, name in sorted(ended)[:-_KEPT_LOGS]:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(folder)
+    return scratch.at("logs", f"{os.getpid()}.log")
 
 
 def _log_to(handler: logging.Handler, settings: Settings) -> None:

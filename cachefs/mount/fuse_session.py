@@ -14,7 +14,7 @@ import pyfuse3
 import trio
 
 from cachefs.config import Settings
-from cachefs.errors import CachefsError
+from cachefs.errors import CachefsError, describe
 from cachefs.mount.mountinfo import find_mount, mount_name
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,11 @@ class Session:
 
     async def announce(self, on_ready: Callable[[], None]) -> None:
         """Call `on_ready` when the mount answers."""
-        await trio.to_thread.run_sync(os.stat, self._settings.mountpoint)
+        try:
+            # abandoned, because it waits for this process, which may be told to end meanwhile
+            await trio.to_thread.run_sync(os.stat, self._settings.mountpoint, abandon_on_cancel=True)
+        except OSError as error:
+            raise CachefsError(f"the source {self._settings.source} does not answer: {describe(error)}") from None
         on_ready()
 
     def unmount(self) -> None:

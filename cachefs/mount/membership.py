@@ -15,7 +15,7 @@ from cachefs.cache.ledger import Ledger
 from cachefs.cache.scratch import Scratch
 from cachefs.cache.storage import Storage
 from cachefs.config import Settings
-from cachefs.errors import StorageError, describe
+from cachefs.errors import describe
 from cachefs.mount.leases import Lease, LeaseRecord, live_leases, new_lease_id, process_started, scratch_lock
 from cachefs.workers.pool import WorkerPool
 
@@ -50,17 +50,24 @@ class Membership:
         return [bytes.fromhex(record.dataset) for record in live_leases(self._scratch)]
 
     async def count(self, index: WorkerPool) -> None:
-        """Count afresh what scratch holds, where the count that was found may be wrong; let others join."""
+        """Count afresh what scratch holds, where the count that was found may be wrong; let others join.
+
+        Raises OSError if it cannot be counted.
+        """
         with self._joining:
             if self._is_counted:
                 return
             try:
                 stored = await index.run(("reconcile",), what="index")
-            except StorageError as error:
+            except OSError as error:
                 log.warning("index not reconciled error=%r", describe(error))
                 stored = await index.run(("count",), what="scratch")
             self.ledger.set_stored(*stored)
             self._is_counted = True
+
+    def doubt(self) -> None:
+        """Something went wrong that the count or the index may not show."""
+        self._is_counted = False
 
     def leave(self) -> None:
         self._joining.close()

@@ -2,7 +2,7 @@
 
 Invariants:
 - Only a directory that carries our mark, is the caller's own and has no live lease is touched.
-- It works relative to descriptors, follows no link and crosses no mount; names that we did not make stay.
+- It works relative to descriptors, follows no link and crosses no mount; names at its top that we did not make stay.
 """
 
 from __future__ import annotations

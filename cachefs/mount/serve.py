@@ -129,9 +129,10 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
         stack.callback(membership.leave)
         ledger = membership.ledger
         capacity = _capacity_bytes(settings, grounds.storage, ledger)
-        # leaving the nursery ends every fetch, before the membership and the pools go
-        nursery = await stack.enter_async_context(_cancelled_nursery())
         residency = Residency(grounds.dataset, grounds.storage.boot, pools["index"], recency=settings.policy == "lru")
+        stack.push_async_callback(_write_last, residency, membership)
+        # leaving the nursery ends every fetch; then the index is written, and the membership and the pools go
+        nursery = await stack.enter_async_context(_cancelled_nursery())
         keeper = CapacityKeeper(
             capacity,
             settings.policy,
@@ -157,7 +158,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
         )
         filesystem = FileSystem(source, cache, nursery, settings.metadata_ttl - lifetime)
         source_name = os.fsencode(settings.source)
-        nursery.start_soon(_look_after_index, membership, residency, source_name, pools["index"])
+        nursery.start_soon(_look_after_index, membership, residency, keeper, source_name, pools["index"])
 
         def status(_: Mapping[str, Any]) -> dict[str, Any]:
             stored, files = ledger.stored()
@@ -185,14 +186,16 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
             }
 
         await nursery.start(serve_control, grounds.scratch, membership.record.id, {"status": status})
-        stack.push_async_callback(_write_last, residency)
         stack.callback(filesystem.close)
+        # from before mounting until after unmounting, a signal must not end the process: the mount would stay, dead
+        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         async with mounted_session(Operations(filesystem), settings, membership.record.id) as session:
             session.tune()
             async with _cancelled_nursery() as session_nursery:
                 # requests that wait for a hung source would keep pyfuse3's loop from ending: cancelling ends them
                 end = session_nursery.cancel_scope.cancel
-                session_nursery.start_soon(_end_on_signal, end)
+                session_nursery.start_soon(_end_on_signal, signals, end)
+                session_nursery.start_soon(_end_with_fork_server, grounds.fork_server, end)
                 session_nursery.start_soon(session.end_when_unmounted, end)
                 session_nursery.start_soon(session.announce, on_ready)
                 await pyfuse3.main(min_tasks=_MIN_IDLE_TASKS, max_tasks=_MAX_TASKS)
@@ -235,24 +238,41 @@ def _is_in_memory(scratch: Path) -> bool:
     return mount is not None and mount.fstype in MEMORY_FSTYPES
 
 
-async def _look_after_index(membership: Membership, residency: Residency, source: bytes, index: WorkerPool) -> None:
+async def _look_after_index(
+    membership: Membership, residency: Residency, keeper: CapacityKeeper, source: bytes, index: WorkerPool
+) -> None:
     """Count what scratch holds if need be, read the index, and write it behind for ever. The mount serves meanwhile."""
-    await membership.count(index)
+    try:
+        await membership.count(index)
+    except OSError as error:
+        log.error("scratch cannot be counted, nothing will be stored error=%r", describe(error))
+        keeper.suspend(math.inf)
     try:
         await residency.load(source)
     except OSError as error:
         log.warning("index not read error=%r", describe(error))
-        residency.loaded.set()
     await residency.write_behind()
 
 
-async def _write_last(residency: Residency) -> None:
+async def _write_last(residency: Residency, membership: Membership) -> None:
     with trio.move_on_after(_LAST_WRITE_SECONDS):
         await residency.flush()
+    if residency.has_lost:
+        membership.doubt()
 
 
-async def _end_on_signal(end: Callable[[], None]) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("ending signal=%s", signal.Signals(number).name)
-            end()
+async def _end_on_signal(signals: AsyncIterator[int], end: Callable[[], None]) -> None:
+    async for number in signals:
+        log.info("ending signal=%s", signal.Signals(number).name)
+        end()
+
+
+async def _end_with_fork_server(fork_server: ForkServer, end: Callable[[], None]) -> None:
+    """Without workers nothing new can be served: better no mount than one that answers with errors."""
+    pidfd = os.pidfd_open(fork_server.pid)
+    try:
+        await trio.lowlevel.wait_readable(pidfd)
+        log.error("the fork server has died, unmounting")
+        end()
+    finally:
+        os.close(pidfd)

@@ -118,7 +118,7 @@ def _wait_for_end(record: LeaseRecord) -> None:
         if not poll.poll(_DAEMON_END_SECONDS * 1000):
             raise CachefsError(
                 f"unmounted here, but the daemon (pid {record.pid}) still serves",
-                "a container or another mount namespace has the mount, too; it ends with that",
+                "another mount namespace (a container, say) has the mount too, or it waits for another mount's scratch",
             )
     except psutil.NoSuchProcess:
         return

@@ -65,6 +65,19 @@ def open_version(tree: SourceTree, path: bytes, version: bytes) -> tuple[int, by
     return fd, packed
 
 
+def read_exactly(fd: int, offset: int, size: int) -> bytes:
+    """`size` bytes, or fewer where the file ends."""
+    data = os.pread(fd, size, offset)
+    if len(data) == size or not data:
+        return data
+    parts = [data]
+    got = len(data)
+    while got < size and (data := os.pread(fd, size - got, offset + got)):
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)
+
+
 class SourceHandlers:
     """The handlers of one worker process; files that are read in parts stay open, the last 16 of them."""
 
@@ -119,7 +132,7 @@ class SourceHandlers:
         """Yield the bytes from `offset`, in packets; never bytes of another version."""
         with file_errors(path):
             fd = self._open(path, version)
-            data = os.pread(fd, size, offset)
+            data = read_exactly(fd, offset, size)
             self._verify(fd, path, version)
         view = memoryview(data)
         for start in range(0, len(data), PACKET_BYTES):

@@ -98,10 +98,14 @@ def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
                     serve(socket.socket(fileno=fds[0]))
             finally:
                 os._exit(0)
-        pidfd = os.pidfd_open(pid)
+        os.close(fds[0])
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:  # gone already
+            sock.send(b"the worker died at once")
+            continue
         sock.sendmsg([b"ok"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))])
         os.close(pidfd)
-        os.close(fds[0])
 
 
 def close_all_but(keep: set[int]) -> None:
