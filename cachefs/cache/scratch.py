@@ -69,7 +69,7 @@ def claim_scratch(path: Path) -> Scratch:
         raise CachefsError(f"scratch {path} cannot be made: {describe(error)}", _CHOOSE) from None
     fd = _open_own_directory(path)
     try:
-        with _locked(fd):
+        with scratch_lock(fd):
             names = os.listdir(fd)
             if MARK in names:
                 made = _read_mark(fd, path)
@@ -143,7 +143,8 @@ def _owner(path: Path) -> int | None:
 
 
 @contextmanager
-def _locked(fd: int) -> Iterator[None]:
+def scratch_lock(fd: int) -> Iterator[None]:
+    """Keeps other mounts from claiming, joining or leaving, and purge from starting. `fd` is scratch's. Blocks."""
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
         yield

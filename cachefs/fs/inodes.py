@@ -12,7 +12,6 @@ Invariants:
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
 
 from cachefs.source.attributes import Attributes, version_of
 
@@ -84,9 +83,6 @@ class Inodes:
 
     def get(self, inode: int) -> Node | None:
         return self._by_inode.get(inode)
-
-    def known(self) -> Iterator[Node]:
-        return iter(self._by_inode.values())
 
     def child(self, parent: Node, name: bytes) -> Node | None:
         """The node of a name, if it has one."""

@@ -11,8 +11,6 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import psutil
@@ -66,16 +64,6 @@ def boot_id() -> str:
 def process_started(pid: int) -> float:
     """When a process began, to tell it from another one with the same pid. Raises psutil.Error."""
     return float(psutil.Process(pid).create_time())
-
-
-@contextmanager
-def scratch_lock(scratch: Scratch) -> Iterator[None]:
-    """Keeps other mounts from joining or leaving, and purge from starting. Blocks."""
-    fcntl.flock(scratch.fd, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(scratch.fd, fcntl.LOCK_UN)
 
 
 def live_leases(scratch: Scratch, *, drop_dead: bool = False) -> list[LeaseRecord]:

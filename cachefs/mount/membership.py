@@ -12,11 +12,11 @@ import os
 from contextlib import ExitStack
 
 from cachefs.cache.ledger import Ledger
-from cachefs.cache.scratch import Scratch
+from cachefs.cache.scratch import Scratch, scratch_lock
 from cachefs.cache.storage import Storage
 from cachefs.config import Settings
 from cachefs.errors import describe
-from cachefs.mount.leases import Lease, LeaseRecord, live_leases, new_lease_id, process_started, scratch_lock
+from cachefs.mount.leases import Lease, LeaseRecord, live_leases, new_lease_id, process_started
 from cachefs.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Membership:
             dataset=dataset.hex(),
         )
         with ExitStack() as joining:
-            joining.enter_context(scratch_lock(scratch))
+            joining.enter_context(scratch_lock(scratch.fd))
             others = live_leases(scratch, drop_dead=True)
             self.ledger = Ledger(scratch.fd, self.record.id, storage.boot)
             self._lease = Lease(scratch, self.record)
@@ -71,7 +71,7 @@ class Membership:
 
     def leave(self) -> None:
         self._joining.close()
-        with scratch_lock(self._scratch):
+        with scratch_lock(self._scratch.fd):
             is_alone = [self.record.id] == [other.id for other in live_leases(self._scratch)]
             if is_alone:
                 self._storage.discard_abandoned()

@@ -12,9 +12,9 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachefs.cache.scratch import DIRECTORIES, FILES, MARK, open_scratch
+from cachefs.cache.scratch import DIRECTORIES, FILES, MARK, open_scratch, scratch_lock
 from cachefs.errors import CachefsError, describe
-from cachefs.mount.leases import live_leases, scratch_lock
+from cachefs.mount.leases import live_leases
 from cachefs.mount.mountinfo import mount_id_of
 
 
@@ -35,7 +35,7 @@ def purge(path: Path) -> Purged:
     scratch = open_scratch(path)
     try:
         here = mount_id_of(scratch.fd)
-        with scratch_lock(scratch):
+        with scratch_lock(scratch.fd):
             try:
                 live = live_leases(scratch)
             except FileNotFoundError:  # an earlier purge got that far

@@ -82,7 +82,7 @@ def lay_grounds(settings: Settings, scratch: Scratch) -> Grounds:
     except OSError as error:
         raise CachefsError(f"source {settings.source} cannot be opened: {describe(error)}") from None
     storage = Storage(scratch.fd, boot_id())
-    lifetime = min(settings.metadata_ttl * _DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME)
+    lifetime = _directory_lifetime(settings)
     index_path = scratch.path / "index.db"
 
     def work(sock: Any) -> None:
@@ -144,7 +144,6 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
             live_datasets=membership.live_datasets,
             metrics=metrics,
         )
-        lifetime = min(settings.metadata_ttl * _DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME)
         source = Source(pools["metadata"], pools["read"], settings.source_timeout or math.inf)
         fetches = Fetches(nursery, pools["fetch"], grounds.storage, residency, keeper, metrics, source.timeout)
         cache = Cache(
@@ -156,7 +155,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
             ScratchReader(SCRATCH_THREADS, in_memory=_is_in_memory(settings.scratch)),
             metrics,
         )
-        filesystem = FileSystem(source, cache, nursery, settings.metadata_ttl - lifetime)
+        filesystem = FileSystem(source, cache, nursery, settings.metadata_ttl - _directory_lifetime(settings))
         source_name = os.fsencode(settings.source)
         nursery.start_soon(_look_after_index, membership, residency, keeper, source_name, pools["index"])
 
@@ -223,6 +222,11 @@ async def _cancelled_nursery() -> AsyncIterator[trio.Nursery]:
             yield nursery
         finally:
             nursery.cancel_scope.cancel()
+
+
+def _directory_lifetime(settings: Settings) -> float:
+    """Seconds for which a worker uses a directory's descriptor again: metadata that come through it expire earlier."""
+    return min(settings.metadata_ttl * _DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME)
 
 
 def _capacity_bytes(settings: Settings, storage: Storage, ledger: Ledger) -> int:
