@@ -54,36 +54,26 @@ class Scratch:
 
 
 def claim_scratch(path: Path) -> Scratch:
-    """Take `path` as scratch, making and marking it if need be. Raises CachefsError for what is not safely ours."""
-    made = False
+    """Take `path` as scratch, making and marking it if need be. Raises CachefsError for what is not safely ours.
+
+    Scratch's lock is held on return, so that nobody purges it before this mount has joined, which releases it.
+    """
+    made, fd = _make_and_lock(path)
     try:
-        os.mkdir(path, 0o700)
-        made = True
-    except FileExistsError:
-        pass
-    except FileNotFoundError:
-        raise CachefsError(
-            f"scratch {path} cannot be made: {path.parent} does not exist", "make that first, or " + _CHOOSE
-        ) from None
-    except OSError as error:
-        raise CachefsError(f"scratch {path} cannot be made: {describe(error)}", _CHOOSE) from None
-    fd = _open_own_directory(path)
-    try:
-        with scratch_lock(fd):
-            names = os.listdir(fd)
-            if MARK in names:
-                made = _read_mark(fd, path)
-            elif names:
-                raise CachefsError(
-                    f"scratch {path} holds files that are not of cachefs",
-                    f"choose an empty or a new directory, such as --scratch {path / 'cachefs'}",
-                )
-            else:
-                _write_mark(fd, made)
-            os.fchmod(fd, 0o700)
-            for name in DIRECTORIES:
-                if name not in names:
-                    os.mkdir(name, 0o700, dir_fd=fd)
+        names = os.listdir(fd)
+        if MARK in names:
+            made = _read_mark(fd, path)
+        elif names:
+            raise CachefsError(
+                f"scratch {path} holds files that are not of cachefs",
+                f"choose an empty or a new directory, such as --scratch {path / 'cachefs'}",
+            )
+        else:
+            _write_mark(fd, made)
+        os.fchmod(fd, 0o700)
+        for name in DIRECTORIES:
+            if name not in names:
+                os.mkdir(name, 0o700, dir_fd=fd)
     except OSError as error:
         os.close(fd)
         raise CachefsError(f"scratch {path} is not usable: {describe(error)}", _CHOOSE) from None
@@ -93,11 +83,39 @@ def claim_scratch(path: Path) -> Scratch:
     return Scratch(path, fd, made, is_new=MARK not in names)
 
 
+def _make_and_lock(path: Path) -> tuple[bool, int]:
+    """(Whether it was made just now, a descriptor that holds scratch's lock) of the directory `path`."""
+    while True:
+        made = False
+        try:
+            os.mkdir(path, 0o700)
+            made = True
+        except FileExistsError:
+            pass
+        except FileNotFoundError:
+            raise CachefsError(
+                f"scratch {path} cannot be made: {path.parent} does not exist", "make that first, or " + _CHOOSE
+            ) from None
+        except OSError as error:
+            raise CachefsError(f"scratch {path} cannot be made: {describe(error)}", _CHOOSE) from None
+        try:
+            fd = _open_own_directory(path)
+        except FileNotFoundError:  # purged since
+            continue
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if is_still_at(fd, path):
+            return made, fd
+        os.close(fd)  # the last mount's purge removed it while we waited: make it anew
+
+
 def open_scratch(path: Path) -> Scratch:
     """Scratch that exists and is ours. Raises CachefsError for a directory that does not carry our mark."""
-    if not os.path.lexists(path):
-        raise CachefsError(f"there is no scratch directory {path}", "name the one that was used with --scratch")
-    fd = _open_own_directory(path)
+    try:
+        fd = _open_own_directory(path)
+    except FileNotFoundError:
+        raise CachefsError(
+            f"there is no scratch directory {path}", "name the one that was used with --scratch"
+        ) from None
     try:
         return Scratch(path, fd, _read_mark(fd, path))
     except OSError as error:
@@ -108,9 +126,20 @@ def open_scratch(path: Path) -> Scratch:
         raise
 
 
+def is_still_at(fd: int, path: Path) -> bool:
+    """Whether the directory `fd` is what `path` names: a purge, and whoever came after it, may have replaced it."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
 def _open_own_directory(path: Path) -> int:
+    """A descriptor of a directory that is safely this user's. Raises FileNotFoundError, and CachefsError otherwise."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         if error.errno == errno.ELOOP or path.is_symlink():
             reason = "is a symbolic link"
@@ -140,6 +169,11 @@ def _owner(path: Path) -> int | None:
         return path.lstat().st_uid
     except OSError:
         return None
+
+
+def unlock_scratch(fd: int) -> None:
+    """Give back what claim_scratch locked, where no mount came of it."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -14,12 +15,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from cachefs.cache.scratch import Scratch, claim_scratch
+from cachefs.cache.scratch import Scratch, claim_scratch, unlock_scratch
 from cachefs.config import Settings
 from cachefs.errors import CachefsError
+from cachefs.mount.notify import ServiceManager
 from cachefs.mount.purge import purge
-from cachefs.mount.serve import lay_grounds, serve
-from cachefs.workers.fork_server import close_all_but
+from cachefs.mount.serve import lay_grounds, open_source, serve
+from cachefs.workers.fork_server import close_all_but, end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -28,35 +30,52 @@ _KEPT_LOGS = 10
 
 
 def serve_in_foreground(settings: Settings, on_ready: Callable[[], None]) -> None:
-    """Serve in this process until the mount ends; log to stderr."""
+    """Serve in this process until the mount ends; log to stderr, and tell systemd if that has started it."""
+    faulthandler.enable()  # the SIGABRT of a watchdog then says where the loop hangs
+    manager = ServiceManager.from_environment()
     _log_to(logging.StreamHandler(), settings)
-    _serve(settings, on_ready)
+    _serve(settings, on_ready, manager=manager)
 
 
 def serve_in_background(settings: Settings) -> int:
     """Serve in a daemon and return its pid when it answers. Raises CachefsError if it does not get that far."""
-    reading, writing = os.pipe()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reading)
-        _run_daemon(settings, writing)
-    os.close(writing)
+    pid, reading = start_daemon(settings)
     try:
-        with os.fdopen(reading) as pipe:
-            line = pipe.read()
+        with os.fdopen(reading, "rb") as pipe:
+            said = pipe.read()
     except BaseException:  # interrupted: the mount that was asked for is not wanted any more
         os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)
         raise
-    if line:
-        report = json.loads(line)
-        if report.get("pid"):
-            return int(report["pid"])
-        raise CachefsError(report["error"], report["hint"])
-    os.waitpid(pid, 0)
-    raise CachefsError("the daemon died before the mount answered", f"see the logs in {settings.scratch / 'logs'}")
+    problem = problem_of_start(said, settings)
+    if problem is not None:
+        os.waitpid(pid, 0)
+        raise problem
+    return pid
+
+
+def start_daemon(settings: Settings, *, ends_with_parent: bool = False) -> tuple[int, int]:
+    """Fork a daemon: its pid, and a pipe over which `problem_of_start` learns how the start went, until its end."""
+    reading, writing = os.pipe()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        if ends_with_parent:
+            end_with_parent(parent, signal.SIGTERM)
+        os.close(reading)
+        _run_daemon(settings, writing)
+    os.close(writing)
+    return pid, reading
+
+
+def problem_of_start(said: bytes, settings: Settings) -> CachefsError | None:
+    """What a daemon's word over its pipe means: None if the mount answers. Nothing said is a daemon that died."""
+    if not said:
+        return CachefsError("the daemon died before the mount answered", f"see the logs in {settings.scratch / 'logs'}")
+    report = json.loads(said)
+    return CachefsError(report["error"], report["hint"]) if "error" in report else None
 
 
 def _run_daemon(settings: Settings, pipe: int) -> None:
@@ -94,15 +113,23 @@ def _run_daemon(settings: Settings, pipe: int) -> None:
         os._exit(status)
 
 
-def _serve(settings: Settings, on_ready: Callable[[], None], *, log_file: bool = False) -> None:
+def _serve(
+    settings: Settings,
+    on_ready: Callable[[], None],
+    *,
+    log_file: bool = False,
+    manager: ServiceManager | None = None,
+) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each different file that readers have open
+    source_fd = open_source(settings)  # first: it may hang, and then scratch must be free for others
     scratch = claim_scratch(settings.scratch)
     if log_file:
         _log_to(logging.FileHandler(_new_log(scratch)), settings)
     try:
-        serve(lay_grounds(settings, scratch), on_ready)
+        serve(lay_grounds(settings, source_fd, scratch), on_ready, manager.keep_informed if manager else None)
     except CachefsError:
+        unlock_scratch(scratch.fd)
         if scratch.is_new:
             with suppress(CachefsError):  # another mount may use it by now
                 purge(settings.scratch)  # a mount that did not come about leaves nothing behind

@@ -1,7 +1,8 @@
 """A mount's place among those that share its scratch: its lease, its slot in the ledger, and a count that is right.
 
 Invariants:
-- Joining, counting and leaving happen under scratch's lock, so no two mounts do them at once.
+- Claiming, joining, counting and leaving happen under scratch's lock, so no two mounts do them at once. Joining takes
+  over the lock that claiming took, so no purge comes in between.
 - The lock is held until the count is right. Until then this mount stores nothing, and no other mount can join.
 """
 

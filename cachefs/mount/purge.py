@@ -12,10 +12,14 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachefs.cache.scratch import DIRECTORIES, FILES, MARK, open_scratch, scratch_lock
+from cachefs.cache.scratch import DIRECTORIES, FILES, MARK, is_still_at, open_scratch, scratch_lock
 from cachefs.errors import CachefsError, describe
 from cachefs.mount.leases import live_leases
 from cachefs.mount.mountinfo import mount_id_of
+
+
+class ScratchInUseError(CachefsError):
+    """A live mount uses the scratch."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,15 @@ def purge(path: Path) -> Purged:
     try:
         here = mount_id_of(scratch.fd)
         with scratch_lock(scratch.fd):
+            if not is_still_at(scratch.fd, path):  # somebody else purged it while we waited
+                return Purged(0, 0, ())
             try:
                 live = live_leases(scratch)
             except FileNotFoundError:  # an earlier purge got that far
                 live = []
             if live:
                 mounts = ", ".join(record.mountpoint for record in live)
-                raise CachefsError(f"scratch {path} is in use by {mounts}", "unmount first, with cachefs umount")
+                raise ScratchInUseError(f"scratch {path} is in use by {mounts}", "unmount first, with cachefs umount")
             files, size = 0, 0
             for name in DIRECTORIES:
                 removed = _remove_tree(scratch.fd, name, here)

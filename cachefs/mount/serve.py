@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,8 @@ _LAST_WRITE_SECONDS = 10.0
 _MIN_IDLE_TASKS, _MAX_TASKS = 8, 100_000
 """pyfuse3's tasks: a request that waits for the source keeps its own, so their number must not be the limit."""
 
+KeepInformed = Callable[[Callable[[], Mapping[str, Any]]], Awaitable[None]]
+
 
 @dataclass(frozen=True)
 class Grounds:
@@ -75,12 +77,16 @@ class Grounds:
     dataset: bytes
 
 
-def lay_grounds(settings: Settings, scratch: Scratch) -> Grounds:
-    """Open the source and fork the fork server. The process must have one thread."""
+def open_source(settings: Settings) -> int:
+    """A descriptor of the source's root, through which alone it is reached. Raises CachefsError."""
     try:
-        source_fd = os.open(settings.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(settings.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise CachefsError(f"source {settings.source} cannot be opened: {describe(error)}") from None
+
+
+def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch) -> Grounds:
+    """Fork the fork server, which takes the source over. The process must have one thread."""
     storage = Storage(scratch.fd, boot_id())
     lifetime = _directory_lifetime(settings)
     index_path = scratch.path / "index.db"
@@ -102,13 +108,14 @@ def lay_grounds(settings: Settings, scratch: Scratch) -> Grounds:
     return Grounds(settings, scratch, storage, fork_server, dataset)
 
 
-def serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
+def serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: KeepInformed | None = None) -> None:
     """Mount and serve until unmounted or told to end; `on_ready` is called when the mount answers.
 
+    From then on `keep_informed` runs, with a function that gives the report of `status`.
     Raises CachefsError if it cannot be mounted.
     """
     try:
-        trio.run(_serve, grounds, on_ready)
+        trio.run(_serve, grounds, on_ready, keep_informed)
     except BaseExceptionGroup as group:
         expected: BaseException | None = group.subgroup(CachefsError)
         while isinstance(expected, BaseExceptionGroup):
@@ -120,7 +127,7 @@ def serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
         grounds.fork_server.close()
 
 
-async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
+async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: KeepInformed | None) -> None:
     settings = grounds.settings
     metrics = Metrics()
     async with AsyncExitStack() as stack:
@@ -191,12 +198,18 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None]) -> None:
         async with mounted_session(Operations(filesystem), settings, membership.record.id) as session:
             session.tune()
             async with _cancelled_nursery() as session_nursery:
+
+                def ready() -> None:
+                    on_ready()
+                    if keep_informed is not None:
+                        session_nursery.start_soon(keep_informed, lambda: status({}))
+
                 # requests that wait for a hung source would keep pyfuse3's loop from ending: cancelling ends them
                 end = session_nursery.cancel_scope.cancel
                 session_nursery.start_soon(_end_on_signal, signals, end)
                 session_nursery.start_soon(_end_with_fork_server, grounds.fork_server, end)
                 session_nursery.start_soon(session.end_when_unmounted, end)
-                session_nursery.start_soon(session.announce, on_ready)
+                session_nursery.start_soon(session.announce, ready)
                 await pyfuse3.main(min_tasks=_MIN_IDLE_TASKS, max_tasks=_MAX_TASKS)
 
 

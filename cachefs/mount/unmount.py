@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import select
@@ -16,12 +15,11 @@ from cachefs.cache.scratch import Scratch, open_scratch
 from cachefs.errors import CachefsError, describe
 from cachefs.mount.leases import LeaseRecord, live_leases
 from cachefs.mount.mountinfo import FSTYPE, Mount, find_mount, mount_id_of, read_mounts, resolve_mountpoint
+from cachefs.mount.system_calls import umount
 
-_MNT_DETACH = 2
 _LINKS = 40
 """How many symbolic links may follow upon each other: the kernel's limit."""
 _DAEMON_END_SECONDS = 60.0
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,25 @@ def find_our_mount(path: Path) -> Mount:
     return mount
 
 
+def is_dead_mount(path: Path) -> bool:
+    """Whether a mount of cachefs is at `path` that nobody serves any more.
+
+    A lease that lives is believed. Else the kernel says it: statvfs always asks the daemon, unlike stat, whose answer
+    it may still know.
+    """
+    try:
+        mount = find_our_mount(path)
+    except CachefsError:
+        return False
+    if live_lease(mount) is not None:
+        return False
+    try:
+        os.statvfs(mount.path)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
 def unmount(mount: Mount, *, lazy: bool) -> bool:
     """Unmount and wait until the daemon has ended, and return True; False if it is only detached, because in use.
 
@@ -69,12 +86,13 @@ def unmount(mount: Mount, *, lazy: bool) -> bool:
 def _try_unmount(mount: Mount, *, detach: bool) -> bool:
     """Whether it could be unmounted: False for one in use. Raises CachefsError for any other reason."""
     if os.geteuid() == 0:
-        if not _libc.umount2(os.fsencode(mount.path), _MNT_DETACH if detach else 0):
-            return True
-        number = ctypes.get_errno()
-        if number == errno.EBUSY:
-            return False
-        raise CachefsError(f"cannot unmount {mount.path}: {os.strerror(number)}")
+        try:
+            umount(mount.path, detach=detach)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False
+            raise CachefsError(f"cannot unmount {mount.path}: {describe(error)}") from None
+        return True
     command = ["fusermount3", "-u", *(["-z"] if detach else []), "--", os.fspath(mount.path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

@@ -92,10 +92,9 @@ def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
             continue
         if pid == 0:
             try:
-                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-                if os.getppid() == server:
-                    sock.close()
-                    serve(socket.socket(fileno=fds[0]))
+                end_with_parent(server, signal.SIGKILL)
+                sock.close()
+                serve(socket.socket(fileno=fds[0]))
             finally:
                 os._exit(0)
         os.close(fds[0])
@@ -106,6 +105,13 @@ def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
             continue
         sock.sendmsg([b"ok"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))])
         os.close(pidfd)
+
+
+def end_with_parent(parent: int, number: int) -> None:
+    """Have the kernel send this process the signal `number` when its parent, process `parent`, ends (or now)."""
+    _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def close_all_but(keep: set[int]) -> None:

@@ -21,7 +21,7 @@ from cachefs.cache.files import ScratchReader
 from cachefs.cache.index import IndexHandlers
 from cachefs.cache.ledger import Ledger
 from cachefs.cache.residency import Residency
-from cachefs.cache.scratch import claim_scratch
+from cachefs.cache.scratch import claim_scratch, unlock_scratch
 from cachefs.cache.storage import Storage
 from cachefs.errors import SourceError
 from cachefs.fs.filesystem import FileSystem
@@ -280,6 +280,7 @@ async def world(
 @contextmanager
 def _scratch(path: Path) -> Any:
     scratch = claim_scratch(path)
+    unlock_scratch(scratch.fd)
     storage = Storage(scratch.fd, BOOT)
     try:
         yield scratch, storage

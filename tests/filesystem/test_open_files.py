@@ -16,7 +16,7 @@ from cachefs.cache.fetches import Fetch
 from cachefs.cache.files import OpenFile
 from cachefs.cache.index import Index
 from cachefs.cache.residency import Residency
-from cachefs.cache.scratch import claim_scratch
+from cachefs.cache.scratch import claim_scratch, unlock_scratch
 from cachefs.cache.storage import Storage
 from cachefs.errors import SourceChangedError, SourceError, StorageError
 from cachefs.metrics import Metrics
@@ -434,6 +434,7 @@ def test_a_superseded_version_goes_first_also_under_hold(source, tmp_path):
 def an_earlier_copy(tmp_path, path, data):
     """A copy of the source file `path` from an earlier boot, in scratch and in the index; its name."""
     scratch = claim_scratch(tmp_path / "scratch")
+    unlock_scratch(scratch.fd)
     storage = Storage(scratch.fd, EARLIER_BOOT)
     index = Index(scratch.path / "index.db")
     try:

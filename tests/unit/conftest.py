@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefs.cache.scratch import Scratch, claim_scratch
+from cachefs.cache.scratch import Scratch, claim_scratch, unlock_scratch
 from cachefs.cache.storage import Storage
 
 BOOT = "1" * 32
@@ -19,6 +19,7 @@ EARLIER_BOOT = "0" * 32
 def scratch(tmp_path: Path) -> Iterator[Scratch]:
     """A claimed scratch directory of the test's own."""
     claimed = claim_scratch(tmp_path / "scratch")
+    unlock_scratch(claimed.fd)
     yield claimed
     os.close(claimed.fd)
 
