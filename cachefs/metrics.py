@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -23,9 +25,23 @@ class Metrics:
     fetch_errors: int = 0
     source_bytes_read: int = 0
     """File contents read from the source: by fetches, also failed ones, and for bypasses and far reads."""
+    hit_bytes: int = 0
+    """Sizes of the files that were opened as hits: what reading them whole would have cost the source."""
+    wait_seconds: float = 0.0
+    """Time that opens and reads have waited for the source, be it a fetch or a direct read; requests that wait at the
+    same time count each."""
     bytes_served: int = 0
     """Bytes given to the kernel in answer to reads. What the kernel's page cache serves is not seen here."""
     started: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of its block as waiting for the source."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.wait_seconds += time.monotonic() - start
 
     @property
     def uptime_seconds(self) -> float:

@@ -63,7 +63,13 @@ class Cache:
         fd = self._open_resident(name, path, version)
         if fd is not None:
             self._metrics.hits += 1
+            self._metrics.hit_bytes += size_of(version)
             return self._file(name, path, version, fd=fd)
+        with self._metrics.waiting():
+            return await self._open_missing(name, path, version)
+
+    async def _open_missing(self, name: bytes, path: bytes, version: bytes) -> OpenFile:
+        """Open a file that is not resident: fetch it, join its fetch, or have the source serve it."""
         fetch = self._fetches.get(name)
         if fetch is None:
             with trio.move_on_after(_INDEX_PATIENCE):
@@ -88,6 +94,7 @@ class Cache:
         kind = file.kind
         if kind == "hit":
             self._metrics.hits += 1
+            self._metrics.hit_bytes += file.size
         elif kind == "miss":
             self._metrics.misses += 1
         else:

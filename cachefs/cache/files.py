@@ -130,8 +130,11 @@ class OpenFile:
 
     async def _read(self, offset: int, size: int) -> Buffer:
         fetch = self._fetch
-        if fetch is not None and not await self._has_come(fetch, offset, offset + size):
-            return await self._read_source(offset, size)
+        if fetch is not None:
+            with self._metrics.waiting():
+                has_come = await self._has_come(fetch, offset, offset + size)
+            if not has_come:
+                return await self._read_source(offset, size)
         if self._fd is not None:
             data = await self._read_scratch(self._fd, offset, size)
             if data is not None:
@@ -207,7 +210,8 @@ class OpenFile:
     async def _read_source(self, offset: int, size: int) -> Buffer:
         if self._read_ahead is None:
             self._read_ahead = ReadAhead(self._count_source_read, self.size)
-        return await self._read_ahead.read(offset, size)
+        with self._metrics.waiting():
+            return await self._read_ahead.read(offset, size)
 
     async def _count_source_read(self, offset: int, size: int) -> bytes:
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cachefs.cli.options import ConfiguredCommand, mount_options, nonempty_path, scratch_path
+from cachefs.cli.options import ConfiguredCommand, mount_options, mountpoint_of_source, place_arguments, scratch_path
 from cachefs.cli.printing import complain
 from cachefs.config import Settings
 from cachefs.mount.checks import check_capacity, check_fuse, check_paths, warnings
@@ -16,17 +16,26 @@ from cachefs.mount.mountinfo import find_mount, resolve_mountpoint
 
 
 @click.command(cls=ConfiguredCommand)
-@click.argument("source", type=nonempty_path)
-@click.argument("mountpoint", type=nonempty_path, required=False)
+@place_arguments
 @mount_options
 @click.option("--foreground", is_flag=True, help="Serve in this process until it is unmounted or interrupted")
-def mount(source: Path, mountpoint: Path | None, scratch: Path | None, foreground: bool, **options: Any) -> None:
+@click.pass_context
+def mount(
+    ctx: click.Context,
+    /,
+    source: Path,
+    mountpoint: Path | None,
+    scratch: Path | None,
+    foreground: bool,
+    **options: Any,
+) -> None:
     """Mount SOURCE over itself, or at MOUNTPOINT.
 
     SOURCE is a directory on slow storage. It appears unchanged, read-only; each file is copied to scratch when it is
     first opened, and read from there from then on. The command returns when the mount serves; "cachefs umount" ends
-    it.
+    it. Without arguments both come from CACHEFS_SOURCE and CACHEFS_MOUNTPOINT, or from the configuration file.
     """
+    mountpoint = mountpoint_of_source(ctx, mountpoint)
     target = resolve_mountpoint(mountpoint or source)
     if find_mount(target) is None:  # nothing there that could hang: follow a link to the directory itself
         target = Path(os.path.realpath(target))

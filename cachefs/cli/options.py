@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from cachefs import config
 from cachefs.errors import CachefsError, UsageError, describe
@@ -20,6 +21,11 @@ else:
     import tomli as tomllib
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_SOURCE_VARIABLE = "CACHEFS_SOURCE"
+_MOUNTPOINT_VARIABLE = "CACHEFS_MOUNTPOINT"
+_PLACES = ("mountpoint", "source")
+"""Keys of the file that are arguments: where to mount; without the first, over the second."""
 
 
 def nonempty_path(text: Any) -> Path:
@@ -49,6 +55,12 @@ def option(flag: str, **keywords: Any) -> Callable[[F], F]:
     return click.option(flag, envvar=variable, show_envvar=True, **keywords)
 
 
+def place_arguments(function: F) -> F:
+    """SOURCE and MOUNTPOINT, which may come from the environment or the file too."""
+    function = click.argument("mountpoint", type=nonempty_path, required=False, envvar=_MOUNTPOINT_VARIABLE)(function)
+    return click.argument("source", type=nonempty_path, envvar=_SOURCE_VARIABLE)(function)
+
+
 def scratch_option(function: F) -> F:
     return option(
         "--scratch",
@@ -59,14 +71,16 @@ def scratch_option(function: F) -> F:
     )(function)
 
 
+capacity_option = option(
+    "--capacity",
+    type=_parsed(config.Capacity.parse),
+    default="80%",
+    metavar="300G|80%",
+    help="How much scratch may hold; a share is of the space free at mount [default: 80%]",
+)
+
 _MOUNT_OPTIONS = (
-    option(
-        "--capacity",
-        type=_parsed(config.Capacity.parse),
-        default="80%",
-        metavar="300G|80%",
-        help="How much scratch may hold; a share is of the space free at mount [default: 80%]",
-    ),
+    capacity_option,
     option(
         "--policy",
         type=click.Choice(config.POLICIES),
@@ -117,6 +131,75 @@ def scratch_path(scratch: Path | None) -> Path:
     return Path(os.path.realpath(path.parent)) / path.name
 
 
+def mountpoint_of_source(ctx: click.Context, mountpoint: Path | None) -> Path | None:
+    """`mountpoint`, unless it was named further away than the source: then it belongs to another source.
+
+    So `cachefs mount X` mounts over X, whatever environment and file say.
+    """
+    nearest = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    for origin in nearest:
+        if ctx.get_parameter_source("mountpoint") is origin:
+            return mountpoint
+        if ctx.get_parameter_source("source") is origin:
+            return None
+    return mountpoint
+
+
+def configured_mountpoint(ctx: click.Context) -> Path:
+    """Where `cachefs mount` without arguments mounts. Raises UsageError, or MissingParameter if nothing says it.
+
+    The file is read only where it is needed, and its other keys are not looked at: its faults must not keep a mount.
+    """
+    place = os.environ.get(_MOUNTPOINT_VARIABLE) or os.environ.get(_SOURCE_VARIABLE)
+    if place:
+        return Path(place)
+    path, values = _read_configuration(ctx.find_root().params.get("config"))
+    for key in _PLACES:
+        if key in values:
+            try:
+                return nonempty_path(values[key])
+            except click.BadParameter as error:
+                raise UsageError(f"configuration file {path}, key {key}: {error.message}") from None
+    raise click.MissingParameter(ctx=ctx, param_hint="'MOUNTPOINT'", param_type="argument")
+
+
+class _DataPaths(click.ParamType[str]):
+    """A --data. In the environment there may be several, one a line: paths may have spaces and colons in them."""
+
+    name = "path"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return [line for line in rv.splitlines() if line]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not isinstance(value, str):
+            raise click.BadParameter(f"{value!r} is not a path")
+        if not value:
+            raise click.BadParameter("the path is empty")
+        return value
+
+
+_RUN_OPTIONS = (
+    option(
+        "--data",
+        type=_DataPaths(),
+        multiple=True,
+        metavar="SOURCE[:MOUNTPOINT]",
+        help="What to cache; may be given several times",
+    ),
+    option("--keep", is_flag=True, help="Leave in scratch what was fetched, for the next run on this node"),
+    option("--strict", is_flag=True, help="Fail where something cannot be cached; else the source is read directly"),
+    option("--report", type=nonempty_path, metavar="FILE", help="Write to FILE, as JSON, how it was"),
+)
+
+
+def run_options(function: F) -> F:
+    """The options of a run that a mount has not."""
+    for decorate in reversed(_RUN_OPTIONS):
+        function = decorate(function)
+    return function
+
+
 class ConfiguredCommand(click.Command):
     """A command whose options may come from the configuration file. Its --help works whatever the file holds."""
 
@@ -129,15 +212,15 @@ class ConfiguredCommand(click.Command):
     def _load(self, ctx: click.Context, path: Path | None) -> dict[str, Any]:
         """This command's part of the file. Raises UsageError for a file, a key or a value that is not understood."""
         path, values = _read_configuration(path)
-        known = _options_of(mount_options(lambda: None))
-        mine = _options_of(self)
+        known = _configurable(place_arguments(run_options(mount_options(lambda: None))))
+        mine = _configurable(self)
         defaults = {}
         for key, value in values.items():
             name = key.replace("-", "_")
             if name not in known:
                 raise UsageError(
                     f"configuration file {path} has an unknown key {key!r}",
-                    "the keys are the long options that cachefs mount --help lists",
+                    "the keys are options in cachefs mount --help and cachefs run --help, source and mountpoint",
                 )
             if name in mine:
                 try:
@@ -166,19 +249,21 @@ def _read_configuration(path: Path | None) -> tuple[Path, dict[str, Any]]:
         raise UsageError(f"configuration file {path} is not TOML: {error}") from None
 
 
-def _options_of(command: Any) -> dict[str, click.Option]:
-    """The options with an environment variable, which may be in the file too."""
+def _configurable(command: Any) -> dict[str, click.Parameter]:
+    """The options and arguments with an environment variable, which may be in the file too."""
     params = command.params if isinstance(command, click.Command) else command.__click_params__
-    return {param.name: param for param in params if isinstance(param, click.Option) and param.envvar and param.name}
+    return {param.name: param for param in params if param.envvar and param.name}
 
 
-def _convert(option: click.Option, value: Any, ctx: click.Context) -> Any:
+def _convert(param: click.Parameter, value: Any, ctx: click.Context) -> Any:
     """Check a value of the file; return it as click wants a default. Raises click.BadParameter."""
-    if option.is_flag:
+    if isinstance(param, click.Option) and param.is_flag:
         if not isinstance(value, bool):
             raise click.BadParameter(f"{value!r} is neither true nor false")
+    elif isinstance(param, click.Option) and param.multiple:
+        return [param.type.convert(one, param, ctx) for one in (value if isinstance(value, list) else [value])]
     elif isinstance(value, bool) or not isinstance(value, str | int | float):
         raise click.BadParameter(f"{value!r} is not a string in quotes")
     else:
-        option.type.convert(value, option, ctx)
+        param.type.convert(value, param, ctx)
     return value

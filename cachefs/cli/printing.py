@@ -18,3 +18,8 @@ def say(line: str) -> None:
 def complain(line: str) -> None:
     """One line on stderr, with our name before it."""
     click.echo(f"cachefs: {printable(line)}", err=True)
+
+
+def count(number: int, noun: str) -> str:
+    """`number` of something in words: "1 file", "1,200 files"."""
+    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"

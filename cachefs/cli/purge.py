@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cachefs.cli.options import ConfiguredCommand, scratch_option, scratch_path
-from cachefs.cli.printing import complain, say
+from cachefs.cli.printing import complain, count, say
 from cachefs.config import format_size
 from cachefs.mount.purge import Purged
 from cachefs.mount.purge import purge as purge_scratch
@@ -25,8 +25,7 @@ def purge(scratch: Path | None) -> None:
 
 
 def say_purged(path: Path, purged: Purged) -> None:
-    files = "1 file" if purged.files == 1 else f"{purged.files:,} files"
-    say(f"purged {path}: {files}, {format_size(purged.bytes)}")
+    say(f"purged {path}: {count(purged.files, 'file')}, {format_size(purged.bytes)}")
     if purged.kept:
         names = ", ".join(purged.kept[:5])
         complain(f"warning: {path} holds files that are not of cachefs and stay: {names}")

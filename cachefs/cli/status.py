@@ -33,6 +33,8 @@ _ROWS = (
     ("fetch errors", "fetch_errors", "{:,}".format),
     ("read from source", "source_bytes_read", format_size),
     ("served", "bytes_served", format_size),
+    ("saved", "hit_bytes", format_size),
+    ("waited", "wait_seconds", "{:,.1f} s".format),
     ("up for", "uptime_seconds", "{:,.0f} s".format),
     ("log", "log", str),
 )

@@ -18,8 +18,11 @@ _LOAD = "load the kernel module as root with: modprobe fuse, or start the contai
 _SCRATCH = "choose another with --scratch"
 
 
-def check_fuse(*, allow_other: bool) -> None:
-    """Raise CachefsError if this user cannot make FUSE mounts on this machine."""
+def check_fuse(*, allow_other: bool, is_private: bool = False) -> None:
+    """Raise CachefsError if this user cannot make FUSE mounts on this machine.
+
+    `is_private`: in namespaces of one's own, where no setuid helper is needed, and its rules do not hold.
+    """
     if not FUSE_DEVICE.exists():
         raise CachefsError(f"there is no {FUSE_DEVICE}", _LOAD)
     try:
@@ -31,7 +34,7 @@ def check_fuse(*, allow_other: bool) -> None:
         ) from None
     except OSError as error:
         raise CachefsError(f"{FUSE_DEVICE} cannot be opened: {describe(error)}", _LOAD) from None
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 or is_private:
         return
     if shutil.which("fusermount3") is None:
         raise CachefsError("there is no fusermount3, which mounts for ordinary users", "install the package fuse3")
@@ -42,8 +45,11 @@ def check_fuse(*, allow_other: bool) -> None:
         )
 
 
-def check_paths(settings: Settings) -> None:
-    """Raise CachefsError for a source, mountpoint or scratch that cannot work. `settings` has absolute paths."""
+def check_paths(settings: Settings, *, is_private: bool = False) -> None:
+    """Raise CachefsError for a source, mountpoint or scratch that cannot work. `settings` has absolute paths.
+
+    `is_private`: it will be mounted in namespaces of one's own, where this user may mount anywhere.
+    """
     source, mountpoint, scratch = settings.source, settings.mountpoint, settings.scratch
     mounted = find_mount(mountpoint)
     if mounted is not None and mounted.fstype == FSTYPE:  # before anything looks at it: it may be dead
@@ -65,8 +71,8 @@ def check_paths(settings: Settings) -> None:
         raise CachefsError(  # two mounts of one dataset, of which one is the other's source: each waits for the other
             f"source {source} is a mount of cachefs with the same scratch", "choose another with --scratch"
         )
-    if os.geteuid() != 0:
-        _check_may_cover(mountpoint)
+    if not is_private:
+        check_may_cover(mountpoint)
     for name, path in ("source", source), ("mountpoint", mountpoint):
         if scratch == path:
             raise CachefsError(f"scratch {scratch} is the {name} itself", _SCRATCH)
@@ -125,8 +131,14 @@ def _check_directory(path: Path, name: str) -> None:
         raise CachefsError(f"{name} {path} is not a directory", f"the {name} must be one")
 
 
-def _check_may_cover(mountpoint: Path) -> None:
-    """fusermount3's rules: the directory must be writable, and in a sticky one, such as /tmp, the user's own."""
+def check_may_cover(mountpoint: Path) -> None:
+    """Raise CachefsError where this user may not mount.
+
+    For ordinary users fusermount3's rules hold: the directory must be writable, and in a sticky one, such as /tmp, the
+    user's own.
+    """
+    if os.geteuid() == 0:
+        return
     try:
         is_read_only = os.statvfs(mountpoint).f_flag & os.ST_RDONLY
         status = mountpoint.stat()

@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,15 +49,16 @@ def find_our_mount(path: Path) -> Mount:
 
 
 def is_dead_mount(path: Path) -> bool:
-    """Whether a mount of cachefs is at `path` that nobody serves any more.
-
-    A lease that lives is believed. Else the kernel says it: statvfs always asks the daemon, unlike stat, whose answer
-    it may still know.
-    """
+    """Whether a mount of cachefs is at `path` that nobody serves any more."""
     try:
-        mount = find_our_mount(path)
+        return _is_dead(find_our_mount(path))
     except CachefsError:
         return False
+
+
+def _is_dead(mount: Mount) -> bool:
+    """A lease that lives is believed. Else the kernel says it: statvfs always asks the daemon, unlike stat, whose
+    answer it may still know."""
     if live_lease(mount) is not None:
         return False
     try:
@@ -81,6 +83,35 @@ def unmount(mount: Mount, *, lazy: bool) -> bool:
     if record is not None and not is_detached:
         _wait_for_end(record)
     return not is_detached
+
+
+def detach(mount: Mount) -> None:
+    """Take a mount away from where it is, also while it is in use. Raises CachefsError."""
+    _try_unmount(mount, detach=True)
+
+
+def uncover(mountpoint: Path, scratch: Path, *, is_private: bool) -> None:
+    """Detach all that mounts of ours with this scratch put over `mountpoint`. Never raises.
+
+    `is_private`: it is in namespaces of one's own, where this process may unmount without help.
+    """
+    with suppress(OSError, CachefsError):
+        while True:
+            mount = find_mount(mountpoint)
+            if mount is None or mount.lease is None or mount.lease[0] != scratch:
+                return
+            if is_private:
+                umount(mountpoint, detach=True)
+            else:
+                detach(mount)
+
+
+def detach_dead_mounts() -> None:
+    """Detach what daemons of this user that were killed have left, so that the sources show again. Never raises."""
+    for mount in read_mounts():
+        if mount.lease is not None and f"user_id={os.geteuid()}" in mount.options and _is_dead(mount):
+            with suppress(CachefsError):
+                detach(mount)
 
 
 def _try_unmount(mount: Mount, *, detach: bool) -> bool:

@@ -82,7 +82,7 @@ def test_the_readme_names_no_option_or_command_that_is_not_there(readme):
     assert set(re.findall(r"(?<![\w-])CACHEFS_[A-Z_]+[A-Z]", readme)) <= {*variables()}
 
 
-@pytest.mark.parametrize("folder", ["cachefs", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", ["cachefs", "tests", "benchmarks", "sge", "systemd"])
 def test_each_folder_says_in_a_page_what_is_in_it(folder):
     lines = (ROOT / folder / "README.md").read_text().splitlines()
     assert 5 <= len(lines) <= LONGEST_FOLDER_README
