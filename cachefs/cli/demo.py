@@ -12,6 +12,7 @@ from rich.table import Table
 from cachefs.config import format_size
 from cachefs.demo.demonstration import Demonstration, Measurement, Scale
 from cachefs.mount.checks import check_fuse
+from cachefs.mount.namespaces import probe_private_namespaces
 
 _BAR_COLUMNS = 40
 
@@ -33,7 +34,7 @@ def demo(seed: int) -> None:
         f"{scale.latency * 1000:g} ms for each operation and {format_size(scale.bandwidth)}/s ..."
     )
     results: list[Measurement] = []
-    with Demonstration(scale, seed) as demonstration:
+    with Demonstration(scale, seed, beside=probe_private_namespaces() is not None) as demonstration:
         console.print(f"Reading all of it with {scale.workers} worker processes, in a new order each epoch:")
         for result in demonstration.measurements():
             results.append(result)

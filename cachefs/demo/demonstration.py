@@ -6,7 +6,6 @@ Invariant: whatever happens, an interrupt included, no mount, process or file of
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -48,10 +47,15 @@ class Measurement:
 
 
 class Demonstration:
-    """Run it with `measurements`; use it as a context, which makes the dataset and cleans up."""
+    """Run it with `measurements`; use it as a context, which makes the dataset and cleans up.
 
-    def __init__(self, scale: Scale, seed: int = 0) -> None:
+    `beside`: mount beside the source. The source is a FUSE mount of the user itself here, which fusermount3, being
+    setuid root, may not look at: so where it has to mount, it cannot mount over that.
+    """
+
+    def __init__(self, scale: Scale, seed: int = 0, *, beside: bool = False) -> None:
         self.scale = scale
+        self._is_beside = beside
         self._seed = seed
         self._stack = ExitStack()
 
@@ -72,12 +76,10 @@ class Demonstration:
             self._source = stack.enter_context(
                 SlowSource(folder / "remote", mountpoint, latency=self.scale.latency, bandwidth=self.scale.bandwidth)
             )
-            # The source is a FUSE mount itself here, which fusermount3, being setuid root, may not look at: so an
-            # ordinary user mounts beside it. Over any other directory of theirs they can mount as root does.
-            self._elsewhere = [] if os.geteuid() == 0 else [folder / "mount"]
-            for path in self._elsewhere:
-                path.mkdir()
-            self.mountpoint = self._elsewhere[0] if self._elsewhere else mountpoint
+            self._path = self._source.path
+            if self._is_beside:
+                self._path = folder / "mount"
+                self._path.mkdir()
             self._stack = stack.pop_all()
         return self
 
@@ -86,29 +88,32 @@ class Demonstration:
 
     def measurements(self) -> Iterator[Measurement]:
         """The loader directly on the source, then its epochs through the mount. Raises CachefsError."""
-        source = self._source.path
         digests = set()
-        with closing(self._run_loader(source, 1)) as epochs:
-            for _, result, source_bytes in epochs:
-                digests.add(result["digest"])
-                yield Measurement("direct", result["seconds"], result["files"], result["bytes"], source_bytes)
-        _run_cachefs("mount", source, *self._elsewhere, "--scratch", self._scratch)
-        try:
-            with closing(self._run_loader(self.mountpoint, self.scale.epochs)) as epochs:
-                for name, result, source_bytes in epochs:
+        source = self._source.path
+        data = f"{source}:{self._path}" if self._is_beside else source
+        run = [sys.executable, "-m", "cachefs", "run", "--strict", "--data", data, "--scratch", self._scratch, "--"]
+        for name, around, path, epochs in ("direct", [], source, 1), (None, run, self._path, self.scale.epochs):
+            with closing(self._run_loader(around, path, epochs)) as results:
+                for epoch, result, source_bytes in results:
                     digests.add(result["digest"])
-                    yield Measurement(name, result["seconds"], result["files"], result["bytes"], source_bytes)
-        finally:
-            _run_cachefs("umount", self.mountpoint, "--purge")
+                    yield Measurement(name or epoch, result["seconds"], result["files"], result["bytes"], source_bytes)
         if len(digests) != 1:
             raise CachefsError("the mount gave other bytes than the source: this is a bug of cachefs")
 
-    def _run_loader(self, path: Path, epochs: int) -> Generator[tuple[str, dict[str, Any], int], None, None]:
-        """(name, what the loader says, bytes that the source gave) of each epoch as it ends."""
+    def _run_loader(
+        self, around: list[str | Path], path: Path, epochs: int
+    ) -> Generator[tuple[str, dict[str, Any], int], None, None]:
+        """(name, what the loader says, bytes that the source gave) of each epoch as it ends.
+
+        `around` is what a user writes before the command that they always ran.
+        """
         options = ["--epochs", str(epochs), "--workers", str(self.scale.workers), "--seed", str(self._seed)]
         before = self._source.statistics().bytes_read
         with subprocess.Popen(
-            [sys.executable, loader.__file__, path, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*around, sys.executable, loader.__file__, path, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as process:
             try:
                 assert process.stdout is not None
@@ -122,11 +127,3 @@ class Demonstration:
                     raise CachefsError(f"the loader failed: {process.stderr.read().strip()}")
             finally:
                 process.terminate()
-
-
-def _run_cachefs(*arguments: object) -> None:
-    """Run the command as a user would, in a process of its own."""
-    command = [sys.executable, "-m", "cachefs", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CachefsError(done.stderr.strip().removeprefix("cachefs: "))
