@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
+import psutil
 import pytest
 
 from tests.harness import CACHEFS, clean_environment, over_a_fuse_mount, run_cachefs, wait_until
@@ -199,3 +200,21 @@ def test_a_slow_source_is_no_error(slow, mounted, mountpoint):
         slow.set(bandwidth=None)
         assert len(file.read()) == SIZE
     assert counters(cache)["fetch_errors"] == 0
+
+
+@pytest.mark.parametrize("operation", ["lookup", "getattr", "open", "read"])
+def test_a_worker_that_is_killed_costs_the_reader_no_error(slow, source, mounted, mountpoint, reader, operation):
+    """The out-of-memory killer takes what it likes: the reader gets what it would have got without us."""
+    cache = mounted(slow.path, at=mountpoint)
+    cache.expect_log("a worker was killed|fetch failed")
+    os.listdir(mountpoint)
+    slow.fail("file", operation, delay=0.5, count=1)
+    slow.reset()
+    reading = reader(mountpoint / "file")
+    wait_until(lambda: slow.statistics().operations.get(operation), "the source is asked")
+    server = psutil.Process(cache.pid).children()[0]
+    for worker in server.children():
+        worker.kill()
+    wait_until(lambda: not reading.is_running, "the reader ends")
+    assert reading.result() == SIZE
+    assert (mountpoint / "file").read_bytes() == (source / "file").read_bytes()
