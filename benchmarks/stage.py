@@ -1,108 +1,249 @@
-"""What every workload needs: a slow source, a mount over it, cold caches, and what the daemon costs."""
+"""What every workload stands on: its folder, its data, the slow source, cold caches, readers, and what they tell.
+
+Invariants:
+- Every read is checked: a reader's digest must be that of the same reader on the files themselves.
+- Nothing of a stage is left when its block ends, on an interrupt either: no mount, no process, no file.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
+from benchmarks.contenders import CONTENDERS, BenchmarkError, Contender, Place, Running, detach_below
+from benchmarks.results import Circumstances, Records
+from cachefs.demo.dataset import make_dataset
+from cachefs.demo.slow_source import SlowSource
 
-from cachefs.demo import loader
-
-
-@dataclass(frozen=True)
-class Result:
-    """One figure, measured several times. `goal` is what it should be, in words."""
-
-    name: str
-    values: list[float]
-    unit: str
-    goal: str = ""
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+READERS = Path(__file__).parent / "readers"
+CLASSES = 20
 
 
 @dataclass(frozen=True)
-class Mounted:
-    """A mount of cachefs and its daemon."""
+class Conditions:
+    """What the source costs: of each operation, and of the bytes."""
 
-    path: Path
-    process: psutil.Process
+    latency_ms: float
+    bandwidth_mb_s: float
 
-    def cpu_seconds(self) -> float:
-        times = self.process.cpu_times()
-        return times.user + times.system
-
-    def resident_bytes(self) -> int:
-        return self.process.memory_info().rss
-
-    def status(self) -> dict[str, Any]:
-        return json.loads(_cachefs("status", self.path, "--json"))
+    def circumstances(self) -> Circumstances:
+        return {"latency_ms": self.latency_ms, "bandwidth_mb_s": self.bandwidth_mb_s}
 
 
-@contextmanager
-def remounted(source: Path, scratch: Path, *, crash: bool = False) -> Iterator[Mounted]:
-    """A mount over `source` with scratch as it is, which stays; with `crash` the daemon is killed at the end."""
-    _cachefs("mount", source, "--scratch", scratch)
-    cache = Mounted(source, psutil.Process(json.loads(_cachefs("status", source, "--json"))["pid"]))
-    try:
-        yield cache
-    finally:
-        if crash:
-            cache.process.kill()
-            cache.process.wait()
-        _cachefs("umount", source)
+@dataclass(frozen=True)
+class Reader:
+    """A script of `readers/` and its arguments behind the directory. `shuffle` are those that change the order in which
+    it reads; where `is_ordered` its digest depends on that."""
+
+    script: str
+    arguments: tuple[object, ...] = ()
+    shuffle: tuple[object, ...] = ()
+    is_ordered: bool = False
+    can_repeat: bool = False
+    """Whether it knows `--at-least`."""
+
+    def at_least(self, seconds: float) -> Reader:
+        """The same, repeated until it took so long, where the script can."""
+        return replace(self, shuffle=(*self.shuffle, "--at-least", seconds)) if self.can_repeat else self
 
 
-@contextmanager
-def mounted(source: Path, scratch: Path, *options: object, at: Path | None = None) -> Iterator[Mounted]:
-    """A mount over `source` (or at `at`) with empty scratch, which is purged at the end."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    path = at or source
-    _cachefs("mount", source, *([at] if at else []), "--scratch", scratch, *options)
-    try:
-        status = json.loads(_cachefs("status", path, "--json"))
-        yield Mounted(path, psutil.Process(status["pid"]))
-    finally:
-        _cachefs("umount", path, "--purge")
+@dataclass(frozen=True)
+class Measured:
+    """What one run of a reader took: one epoch."""
+
+    seconds: float
+    files: int
+    bytes: int
+    daemon_seconds: float = 0.0
+    worker_seconds: float = 0.0
+    requests: float | None = None
+    listing_seconds: float | None = None
+    """What a reader took before that to find out which files there are."""
 
 
-def drop_caches() -> bool:
-    """Empty the page cache, as root; False where that is not permitted, and then figures are of a warm cache."""
-    os.sync()
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-    except PermissionError:
-        return False
-    return True
+@dataclass(frozen=True)
+class Options:
+    """What the command line says. Without `latencies` or `bandwidths` a workload has its own."""
+
+    repetitions: int = 3
+    is_quick: bool = False
+    latencies: tuple[float, ...] = ()
+    bandwidths: tuple[float, ...] = ()
+    contenders: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
-def read_all(path: Path, workers: int, seed: int) -> dict[str, Any]:
-    """One epoch of the ordinary loader over `path`: what it says."""
-    command = [sys.executable, loader.__file__, path, "--workers", workers, "--seed", seed]
-    return json.loads(_run([str(word) for word in command]))
+@dataclass
+class Stage:
+    """One run of one workload."""
+
+    folder: Path
+    options: Options
+    tools: Path
+    tell: Callable[[str], None] = lambda line: None
+    records: Records = field(default_factory=Records)
+    skipped: dict[str, str] = field(default_factory=dict)
+    page_cache: str = "dropped where a case says so, and before every first read"
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _expected: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)
+
+    @classmethod
+    @contextmanager
+    def open(cls, options: Options, tools: Path, tell: Callable[[str], None]) -> Iterator[Stage]:
+        """`tools` is where contenders put what they need, once for all workloads."""
+        with tempfile.TemporaryDirectory(prefix="cachefs-bench-", dir=options.folder) as name:
+            folder = Path(name).resolve()
+            folder.chmod(0o755)
+            try:
+                yield cls(folder, options, tools, tell)
+            finally:
+                detach_below(folder)
+
+    @property
+    def repetitions(self) -> int:
+        return 1 if self.options.is_quick else self.options.repetitions
+
+    def size(self, full: int, quick: int) -> int:
+        return quick if self.options.is_quick else full
+
+    def conditions(self, *usual: Conditions) -> list[Conditions]:
+        """Those that were asked for, else the usual ones of a workload, of which a quick run takes the first."""
+        if not self.options.latencies and not self.options.bandwidths:
+            return list(usual[:1] if self.options.is_quick else usual)
+        latencies = self.options.latencies or sorted({each.latency_ms for each in usual})
+        bandwidths = self.options.bandwidths or sorted({each.bandwidth_mb_s for each in usual})
+        return [Conditions(latency, bandwidth) for latency in latencies for bandwidth in bandwidths]
+
+    def contenders(self, *names: str) -> list[Contender]:
+        """Those of the names that were asked for and can take part; why others cannot is in `skipped`."""
+        found = []
+        for name in names:
+            if self.options.contenders and name not in self.options.contenders:
+                self.skipped.setdefault(name, "not asked for")
+            elif name not in self.skipped:
+                reason = CONTENDERS[name].missing(self.tools)
+                if reason is None:
+                    found.append(CONTENDERS[name])
+                else:
+                    self.skipped[name] = reason
+                    self.tell(f"skipped: {CONTENDERS[name].title}, because {reason}")
+        return found
+
+    def new_folder(self) -> Path:
+        folder = self.folder / f"{next(self._numbers):04}"
+        folder.mkdir()
+        return folder
+
+    def photographs(self, files: int, mean_bytes: int = 110_000) -> Path:
+        """A new dataset of JPEG files in class folders."""
+        folder = self.new_folder()
+        make_dataset(folder, files=files, classes=min(CLASSES, files), mean_bytes=mean_bytes)
+        return folder
+
+    def slow(self, backing: Path, conditions: Conditions | None) -> AbstractContextManager[SlowSource]:
+        """The slow source over `backing`; without conditions it takes no time of its own."""
+        latency, bandwidth = (conditions.latency_ms / 1e3, conditions.bandwidth_mb_s * 1e6) if conditions else (0, None)
+        return SlowSource(backing, self.new_folder(), latency=latency, bandwidth=bandwidth)
+
+    def start(self, contender: Contender, source: Path, local: Path) -> AbstractContextManager[Running]:
+        return contender.run(Place(source, local, self.new_folder()), self.tools)
+
+    def drop_caches(self) -> bool:
+        """Empty the page cache, as root; False where that is not permitted, and then the results say so.
+
+        A quick run leaves it alone: all that starts after it would be slow."""
+        if self.options.is_quick:
+            self.page_cache = "never dropped: a quick run"
+            return True
+        os.sync()
+        try:
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+        except PermissionError:
+            self.page_cache = "never dropped: only root may"
+            return False
+        return True
+
+    def measure(self, reader: Reader, running: Running, local: Path) -> list[Measured]:
+        """Run a reader where a contender serves; BenchmarkError if it read anything else than lies in `local`.
+
+        One result for each line that the reader prints, with the processor time of all epochs shared among them."""
+        counts = running.status() if running.process else {}
+        before = running.cpu()
+        answers = self._read(reader, running.path)
+        after = running.cpu()
+        epochs = sum(answer.get("epochs", 1) for answer in answers)
+        requests = None
+        if "requests" in counts:
+            requests = (running.status()["requests"] - counts["requests"]) / epochs
+        expected = self._digests(reader, local)
+        found = [answer["digest"] for answer in answers]
+        if found != expected:
+            raise BenchmarkError(f"{running.path}: {reader} read {found}, and the files have {expected}")
+        return [
+            Measured(
+                answer["seconds"],
+                answer["files"],
+                answer["bytes"],
+                max(0.0, after.daemon - before.daemon) / epochs,
+                max(0.0, after.workers - before.workers) / epochs,
+                requests,
+                answer.get("listing_seconds"),
+            )
+            for answer in answers
+        ]
+
+    def note(self, case: str, contender: Contender, measured: Measured, circumstances: Circumstances) -> None:
+        """Record a run: times a file where there are several, else as they are."""
+        scale, unit = (1e6 / measured.files, "µs/file") if measured.files > 1 else (1.0, "s")
+
+        def add(quantity: str, of_unit: str, value: float) -> None:
+            self.records.add(case, contender.name, quantity, of_unit, value, circumstances)
+
+        add("time", unit, measured.seconds * scale)
+        if contender.name not in ("source", "scratch"):
+            add("daemon CPU", unit, measured.daemon_seconds * scale)
+        if contender.kind == "cachefs":
+            add("worker CPU", unit, measured.worker_seconds * scale)
+        if measured.requests is not None:
+            add("requests", "1/file", measured.requests / measured.files)
+        self.tell(f"{case}: {contender.title}, {_describe(circumstances)}: {measured.seconds:.3f} s")
+
+    def _digests(self, reader: Reader, local: Path) -> list[str]:
+        key = (reader.script, reader.arguments, reader.shuffle if reader.is_ordered else (), local)
+        if key not in self._expected:
+            self._expected[key] = [answer["digest"] for answer in self._read(reader, local)]
+        return self._expected[key]
+
+    def _read(self, reader: Reader, directory: Path) -> list[dict[str, Any]]:
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            READERS / reader.script,
+            directory,
+            *reader.arguments,
+            *reader.shuffle,
+        ]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BenchmarkError(f"{reader.script} failed at {directory}: {done.stderr.strip()[-2000:]}")
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def timed_python(code: str, *arguments: object) -> float:
-    """Seconds that `code` prints, run in a new interpreter."""
-    return float(_run([sys.executable, "-c", code, *map(str, arguments)]))
+def rotated(contenders: Sequence[Contender], by: int) -> list[Contender]:
+    """In another order each repetition, so that nobody always runs behind the same one."""
+    by %= len(contenders) or 1
+    return [*contenders[by:], *contenders[:by]]
 
 
-def _cachefs(*arguments: object) -> str:
-    return _run([sys.executable, "-m", "cachefs", *map(str, arguments)])
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{command} failed: {done.stderr}")
-    return done.stdout
+def _describe(circumstances: Circumstances) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in circumstances.items()) or "as it is"

@@ -16,7 +16,7 @@ from pathlib import Path
 from cachefs.errors import UsageError
 
 POLICIES = ("hold", "lru")
-PREFETCH_MODES = ("off",)
+PREFETCH_MODES = ("auto", "all", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 RESERVED_SHARE = 0.05
 """Share of scratch's file system that stays free whatever the capacity says."""
@@ -89,11 +89,14 @@ class Settings:
     scratch: Path
     capacity: Capacity = field(default=DEFAULT_CAPACITY)
     policy: str = "hold"
-    prefetch: str = "off"
+    prefetch: str = "auto"
     metadata_ttl: float = 3600.0
     source_timeout: float = 120.0
     allow_other: bool = False
+    no_promote: bool = False
     log_level: str = "info"
+    is_private: bool = False
+    """It is mounted in namespaces that only the processes of one job are in."""
 
 
 def default_scratch() -> Path:

@@ -22,6 +22,8 @@ class Metrics:
     evictions: int = 0
     fetches: int = 0
     """Files copied completely from the source by this mount."""
+    prefetches: int = 0
+    """Of `fetches`, those of files that nobody had asked for until they were complete."""
     fetch_errors: int = 0
     source_bytes_read: int = 0
     """File contents read from the source: by fetches, also failed ones, and for bypasses and far reads."""

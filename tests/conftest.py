@@ -1,4 +1,5 @@
-"""Fixtures of all tests: `mounted` makes mounts with the real command and proves at the end that nothing is left."""
+"""Fixtures of all tests: `mounted` makes mounts with the real command and proves at the end that nothing is left;
+`place` has directories of a user in which commands are tried."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cachefs.demo.slow_source import SlowSource
-from tests.harness import MountedCache, cachefs_mounts_below, detach
+from tests.commands.places import Place, User, current_user, ordinary_user, processes_of
+from tests.harness import MountedCache, cachefs_mounts_below, detach, mounts_below, wait_until
 
 
 @pytest.fixture
@@ -67,3 +70,59 @@ def slow_source(tmp_path: Path) -> Iterator[Callable[..., SlowSource]]:
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+ORDINARY = ordinary_user() if os.geteuid() == 0 else current_user()
+USERS = [current_user()] + ([ORDINARY] if os.geteuid() == 0 and ORDINARY else [])
+
+
+@pytest.fixture(params=USERS, ids=lambda user: user.name)
+def user(request: pytest.FixtureRequest) -> User:
+    """Who types the commands: root and an ordinary user, or whoever runs the tests."""
+    return request.param
+
+
+@pytest.fixture
+def place(user: User, tmp_path: Path) -> Iterator[Place]:
+    """Directories of `user` with a source in them; at the end nothing may be mounted or run there."""
+    yield from _place(user, tmp_path)
+
+
+@pytest.fixture
+def own_place(tmp_path: Path) -> Iterator[Place]:
+    """The same, of whoever runs the tests, for what is the same for all users."""
+    yield from _place(current_user(), tmp_path)
+
+
+@pytest.fixture
+def ordinary_place(tmp_path: Path) -> Iterator[Place]:
+    """The same, for what only an ordinary user can run into."""
+    if ORDINARY is None:
+        pytest.skip("no ordinary user (CACHEFS_TEST_USER, alice) who can run this interpreter")
+    yield from _place(ORDINARY, tmp_path)
+
+
+def _place(user: User, tmp_path: Path) -> Iterator[Place]:
+    if user.uid != os.geteuid():  # pytest's directories are for its own user alone
+        for folder in (tmp_path, *tmp_path.parents):
+            if not folder.stat().st_mode & 0o001:
+                folder.chmod(folder.stat().st_mode | 0o011)
+    path = tmp_path / user.name
+    path.mkdir()
+    os.chown(path, user.uid, user.gid)
+    place = Place(user, path)
+    place.make("source", "sub")
+    place.make("mountpoint")
+    place.write(place.source / "one", "1" * 1000)
+    place.write(place.source / "sub" / "two", "2" * 2000)
+    yield place
+    left = mounts_below(tmp_path)
+    for mountpoint in reversed(left):
+        detach(mountpoint)
+    try:
+        wait_until(lambda: not processes_of(tmp_path), "the processes of the test end", seconds=10)
+    finally:
+        for pid in processes_of(tmp_path):
+            psutil.Process(pid).kill()
+        for mountpoint in reversed(mounts_below(tmp_path)):
+            detach(mountpoint)
+    assert not left, f"mounts left behind: {left}"

@@ -57,7 +57,12 @@ over_a_fuse_mount = pytest.mark.skipif(os.geteuid() != 0, reason="fusermount3 ma
 
 
 class MountedCache:
-    """One mount made by `cachefs mount`. `path` is where it appears."""
+    """One mount made by `cachefs mount`. `path` is where it appears.
+
+    It promotes nothing unless the environment says CACHEFS_NO_PROMOTE=0, and fetches nothing ahead unless an option or
+    the environment says so: counters, link counts and times of change are exact only where requests reach us, and what
+    is fetched is known only where it was asked for.
+    """
 
     def __init__(self, source: Path, mountpoint: Path | None, scratch: Path, *options: object, **environment: str):
         self.source = source
@@ -66,6 +71,7 @@ class MountedCache:
         self.expected_log: list[str] = []
         self.is_purging = False
         places = [source] if mountpoint is None else [source, mountpoint]
+        environment = {"CACHEFS_NO_PROMOTE": "1", "CACHEFS_PREFETCH": "off", **environment}
         self.started = run_cachefs("mount", *places, "--scratch", scratch, *options, env=environment)
         self.pid = int(self.status()["pid"])
         self.log = Path(str(self.status()["log"]))

@@ -2,8 +2,9 @@
 
 Invariants:
 - Nothing is written that was not reserved before; see the ledger for what a reservation guarantees.
-- What goes first: copies of superseded versions; then files of datasets that no live mount uses; then, under `lru`
-  alone, this dataset's least recently used. Files of other live datasets, and files that are open, stay.
+- What goes first: copies of superseded versions; then files of datasets that no live mount uses; then what was fetched
+  ahead and not opened yet; then, under `lru` alone, this dataset's least recently used. Files of other live datasets,
+  and files that are open, stay. For a file that is fetched ahead only the first two go.
 - The file system keeps RESERVED_SHARE of its space free, whatever the capacity says.
 """
 
@@ -61,8 +62,11 @@ class CapacityKeeper:
         self._nothing_unused_until = -math.inf
         self._suspended_until = -math.inf
 
-    async def reserve(self, size: int) -> bool:
-        """Reserve `size` bytes, evicting if that helps. False if there is no room: serve from the source."""
+    async def reserve(self, size: int, *, ahead: bool = False) -> bool:
+        """Reserve `size` bytes, evicting if that helps. False if there is no room: serve from the source.
+
+        `ahead`: nobody has asked for the file yet.
+        """
         if size > self.size or trio.current_time() < self._suspended_until:
             return False
         if self._try(size):
@@ -70,7 +74,7 @@ class CapacityKeeper:
         async with self._evicting:
             while not self._try(size):
                 extra = min(int(self.size * _BATCH_SHARE), _BATCH_BYTES)
-                if not await self._evict(size + extra):
+                if not await self._evict(size + extra, ahead):
                     return False
         return True
 
@@ -100,7 +104,7 @@ class CapacityKeeper:
             return False
         return self._ledger.reserve(size, self.size)
 
-    async def _evict(self, size: int) -> bool:
+    async def _evict(self, size: int, ahead: bool) -> bool:
         """Evict up to `size` bytes, or whatever can be. False if nothing could be."""
         superseded = self._residency.take_superseded()
         if superseded:
@@ -113,6 +117,11 @@ class CapacityKeeper:
                 return True
         except OSError as error:
             log.warning("unused files not evicted error=%r", error.strerror)
+        if ahead:
+            return False
+        unopened = self._residency.take_unopened(size)
+        if unopened and (await self._remove(unopened))[0]:
+            return True
         if self._policy == "lru":
             return await self._evict_oldest(size)
         return False

@@ -25,7 +25,7 @@ from cachefs.errors import SourceChangedError, StorageError
 from cachefs.source.attributes import is_same_content, pack_stat, size_of, version_of
 from cachefs.source.handlers import file_errors, open_version, read_exactly
 from cachefs.source.tree import SourceTree
-from cachefs.workers.protocol import Handler
+from cachefs.workers.protocol import Handler, describe_error
 
 SMALL_FILE_BYTES = 256 * 1024
 """Up to this size a file is one chunk."""
@@ -78,7 +78,7 @@ class CopyHandlers:
         self._storage = storage
 
     def table(self) -> Mapping[str, Handler]:
-        return {"fetch": self._fetch, "remove": self._remove}
+        return {"fetch": self._fetch, "fetch_many": self._fetch_many, "remove": self._remove}
 
     def _fetch(
         self, name: bytes, path: bytes, version: bytes, earlier_boot: str, earlier_checksum: bytes
@@ -115,6 +115,20 @@ class CopyHandlers:
             return COPIED, checksum, size_of(version)
         finally:
             os.close(staged)
+
+    def _fetch_many(
+        self, files: list[tuple[bytes, bytes, bytes]]
+    ) -> Generator[tuple[int, FetchResult | None, tuple[str, int, str, str | bytes] | None], None, None]:
+        """Bring small files, each (name, path, version), into scratch; yield of each (number, result, error)."""
+        for number, (name, path, version) in enumerate(files):
+            fetch = self._fetch(name, path, version, "", b"")
+            try:
+                while True:
+                    next(fetch)
+            except StopIteration as end:
+                yield number, end.value, None
+            except OSError as error:
+                yield number, None, describe_error(error)
 
     def _revive(self, name: bytes, boot: str, checksum: bytes) -> FetchResult:
         """Take over a copy from before the last boot if its content is what was written; drop it if not."""

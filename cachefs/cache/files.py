@@ -103,6 +103,8 @@ class OpenFile:
         self._read_ahead: ReadAhead | None = None
         self.is_stale = False
         """Whether the source was seen to have another version: then a new open must not share this file."""
+        self.was_missing = fetch is not None
+        """Whether its first open had to have it fetched."""
         if fetch is not None:
             fetch.follow(self._end_fetch)
 

@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import sqlite_utils
-from sqlite_utils.migrations import Migrations
-
 from cachefs.cache.storage import Storage
 from cachefs.errors import StorageError
 from cachefs.workers.protocol import Handler
+
+_before = {name: sys.modules.get(name) for name in ("numpy", "pandas")}
+try:
+    # sqlite_utils imports them where they are installed, as they are where people train, and makes no use of them here:
+    # some 100 ms, 30 MB and OpenBLAS's threads for every daemon
+    for _name in _before:
+        sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
+    import sqlite_utils
+    from sqlite_utils.migrations import Migrations
+finally:
+    for _name, _module in _before.items():
+        if _module is None:
+            del sys.modules[_name]
 
 BUSY_SECONDS = 60.0
 """How long to wait for another mount's transaction."""
@@ -131,7 +142,7 @@ class Index:
                 if recorded is None:
                     found.append((name, size, boot, time.time_ns()))
             else:
-                storage.remove(name, boot)
+                storage.remove(name, boot, is_alone=True)
                 if recorded is not None:
                     known[name, boot] = size
         with self._transaction():

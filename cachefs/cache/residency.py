@@ -14,7 +14,7 @@ import logging
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import trio
@@ -56,10 +56,13 @@ class Residency:
         self._used: dict[bytes, int] = {}
         self._forgotten: dict[bytes, None] = {}
         self._superseded: list[tuple[bytes, str, int]] = []
+        self._unopened: dict[bytes, int] = {}
         self._flushing = trio.Lock()
         self._has_dropped = False
         self.has_lost = False
         """Whether the index lacks something for good."""
+        self.on_add: Callable[[bytes], None] | None = None
+        """Called with the name of each file that has become resident."""
 
     def __len__(self) -> int:
         return len(self._files)
@@ -76,8 +79,13 @@ class Residency:
             return None
         return self._resident(name, record)
 
+    def has_any_version(self, path: bytes) -> bool:
+        """Whether a copy of `path` is known, of whatever version."""
+        return self.name_of(path, b"")[:KEY_BYTES] in self._files
+
     def touch(self, name: bytes) -> None:
         """`name` was used now."""
+        self._unopened.pop(name, None)
         if self._recency:
             self._used[name] = time.time_ns()
             self._make_latest(name[:KEY_BYTES])
@@ -90,6 +98,8 @@ class Residency:
         self._forgotten.pop(name, None)
         self._added[name] = name, size, checksum, self._boots[0], path, time.time_ns()
         self._note_while_loading(name)
+        if self.on_add is not None:
+            self.on_add(name)
 
     def supersede(self, name: bytes) -> None:
         """The source has `name` now: a copy of another version of that file is the first to go."""
@@ -105,7 +115,21 @@ class Residency:
             del self._files[name[:KEY_BYTES]]
         self._added.pop(name, None)
         self._used.pop(name, None)
+        self._unopened.pop(name, None)
         self._forgotten[name] = None
+
+    def note_ahead(self, name: bytes, size: int) -> None:
+        """`name` was fetched ahead of use: until it is opened, it gives way to what is asked for."""
+        self._unopened[name] = size
+
+    def take_unopened(self, size: int) -> list[tuple[bytes, str, int]]:
+        """(name, boot, size) of what was fetched ahead last and not opened yet, `size` bytes of it or a little more."""
+        taken: list[tuple[bytes, str, int]] = []
+        while self._unopened and size > 0:
+            name, length = self._unopened.popitem()
+            taken.append((name, self._boots[0], length))
+            size -= length
+        return taken
 
     def take_superseded(self) -> list[tuple[bytes, str, int]]:
         """(name, boot, size) of copies whose file has a newer version by now: the first to evict."""

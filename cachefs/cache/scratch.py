@@ -3,6 +3,7 @@
     cachefs-scratch      the mark: this directory is ours and may be purged
     files/BOOT/xx/NAME   complete files, by the boot of the machine during which they were written
     staging/NAME         files on their way; locked (flock) by the worker that copies
+    trees/LEASE/PATH     complete directories of the source, of hard links to the files, that a mount shows directly
     index.db             residency (SQLite)
     ledger               how much is stored and reserved, shared by all mounts
     leases/ID            one for each live mount, locked by it
@@ -29,7 +30,7 @@ from cachefs.errors import CachefsError, describe
 
 MARK = "cachefs-scratch"
 FORMAT = 1
-DIRECTORIES = ("files", "staging", "leases", "sockets", "logs")
+DIRECTORIES = ("files", "staging", "trees", "leases", "sockets", "logs")
 FILES = ("index.db", "index.db-journal", "index.db-wal", "index.db-shm", "ledger", MARK)
 _CHOOSE = "choose another with --scratch"
 

@@ -5,6 +5,7 @@ Invariants:
 - Whoever copies holds an exclusive lock on the staged file; whoever has a complete file open holds a shared lock on
   it; whoever removes one takes an exclusive lock first. So nothing that is open is removed, by any mount.
 - The size of a staged file is the frontier: bytes below it are there and are of the right version.
+- A file of this boot that has a second name is in a tree (see `trees`), and is not removed either.
 """
 
 from __future__ import annotations
@@ -56,8 +57,22 @@ class Storage:
         """Take a file of an earlier boot, whose content was checked, as one of this boot."""
         self._into_current(f"{boot}/{_relative(name)}", self._files, name)
 
-    def remove(self, name: bytes, boot: str | None = None) -> int:
-        """Remove a complete file unless somebody has it open. The bytes that this freed, 0 for none, -1 if in use."""
+    def link(self, name: bytes, directory: int, new_name: bytes) -> int | None:
+        """Give a complete file a second name. Its locked descriptor, or None if there is no such file."""
+        fd = self.open(name)
+        if fd is None:
+            return None
+        try:  # whoever removes it needs the lock, so it is still the same file
+            os.link(_relative(name), new_name, src_dir_fd=self._current, dst_dir_fd=directory, follow_symlinks=False)
+        except OSError as error:
+            os.close(fd)
+            raise _storage_error(error, name) from error
+        return fd
+
+    def remove(self, name: bytes, boot: str | None = None, *, is_alone: bool = False) -> int:
+        """Remove a complete file unless it is in use: open, or in a tree. The bytes that this freed, 0 for none, -1 if
+        it is in use. `is_alone`: no mount uses this scratch, so trees are left over and do not count.
+        """
         path = f"{boot or self.boot}/{_relative(name)}"
         try:
             fd = os.open(path, _OPEN, dir_fd=self._files)
@@ -70,6 +85,8 @@ class Storage:
             status = os.fstat(fd)
             if not os.path.samestat(status, os.stat(path, dir_fd=self._files, follow_symlinks=False)):
                 return 0  # removed by another mount, and here again since
+            if status.st_nlink > 1 and boot in (None, self.boot) and not is_alone:
+                return -1
             os.unlink(path, dir_fd=self._files)
             return status.st_size
         except BlockingIOError:

@@ -90,8 +90,8 @@ _MOUNT_OPTIONS = (
     option(
         "--prefetch",
         type=click.Choice(config.PREFETCH_MODES),
-        default="off",
-        help="Fetch ahead of use [default: off, the only one so far]",
+        default="auto",
+        help="Fetch ahead of use: what is being read through, everything at once, or nothing [default: auto]",
     ),
     option(
         "--metadata-ttl",
@@ -107,6 +107,7 @@ _MOUNT_OPTIONS = (
         metavar="SECONDS",
         help="After which a source without an answer is an error for the reader; 0 is never [default: 120]",
     ),
+    option("--no-promote", is_flag=True, help="Do not mount what is completely resident directly from scratch"),
     option("--allow-other", is_flag=True, help="Let other users read, as the source's modes permit"),
     option(
         "--log-level",

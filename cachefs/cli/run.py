@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,10 @@ from cachefs.config import Settings, format_size
 from cachefs.errors import CachefsError, UsageError, describe
 from cachefs.mount.checks import check_capacity, check_paths, warnings
 from cachefs.mount.job import Watched, find_command, run_command
-from cachefs.mount.mountinfo import FSTYPE, containing_mount, find_mount, resolve_mountpoint
+from cachefs.mount.mountinfo import FSTYPE, Mount, containing_mount, find_mount, resolve_mountpoint
 from cachefs.mount.namespaces import join_namespaces
-from cachefs.mount.rendezvous import Attendance, attend
-from cachefs.mount.unmount import detach_dead_mounts, uncover
+from cachefs.mount.rendezvous import Attendance, attend, fork_keeper
+from cachefs.mount.unmount import detach_dead_mounts, live_lease, uncover
 
 MOUNTS_VARIABLE = "CACHEFS_MOUNTS"
 _TOTALS = ("fetches", "source_bytes_read", "hits", "hit_bytes", "misses", "bypasses", "wait_seconds")
@@ -51,14 +54,30 @@ def run(
     if not data:
         raise UsageError("there is no --data", "name the directory that the command reads: --data DIR")
     find_command(command[0], os.environ)
-    detach_dead_mounts()
-    settings = list(_settings_of(data, scratch_path(scratch), options))
+    detach_dead_mounts([path for text in data for path in _paths_in(text)])
+    settings = list(_settings_of(data, _scratch_path(scratch), options))
     place = None if report is None else report.absolute()
     with _Job(settings, keep=keep, is_strict=strict) as job:
         started = time.monotonic()
         status = run_command(command, job.environment(), job.watched)
-        job.finish(place, {"command": command, "exit_status": status, "seconds": round(time.monotonic() - started, 3)})
+        facts = {"command": command, "exit_status": status, "seconds": round(time.monotonic() - started, 3)}
+        try:
+            _be_interrupted_by_signals()
+            job.finish(place, facts)
+        except KeyboardInterrupt:
+            _tell_user("warning: interrupted: the keeper cleans up without us")
     raise SystemExit(status)
+
+
+def _be_interrupted_by_signals() -> None:
+    """Have what would end us raise KeyboardInterrupt: the command has ended, and its exit status is ours to give."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 class _Job:
@@ -94,25 +113,28 @@ class _Job:
         for mount in self._attendance.mounts if self._attendance is not None else ():
             if mount.problem is None:
                 mounts.append({"source": mount.source, "mountpoint": mount.mountpoint, "scratch": mount.scratch})
-        return {**os.environ, MOUNTS_VARIABLE: json.dumps(mounts)}
+        return {**_own_environment(), MOUNTS_VARIABLE: json.dumps(mounts)}
 
     def finish(self, report: Path | None, facts: dict[str, Any]) -> None:
         """Leave the mounts to the others, or take them away; say how it was."""
         answer: dict[str, Any] = {"mounts": [], "is_last": True, "problems": []}
+        failure: str | None = None
         attendance = self._attendance
         if attendance is not None and report is not None:
             so_far = attendance.ask("report", self._tell)  # written before we leave: the last to leave writes last
             if so_far is not None:
-                _write_report(report, facts, {**so_far, "is_last": False})
+                failure = _write_report(report, facts, {**so_far, "is_last": False})
         if attendance is not None:
             left = attendance.ask("leave", self._tell)
             if left is None:
                 self._keeper_died()
             answer = left or answer
         for problem in answer["problems"]:
-            complain(f"warning: {problem}")
+            _tell_user(f"warning: {problem}")
         if report is not None and answer["is_last"]:
-            _write_report(report, facts, answer)
+            failure = _write_report(report, facts, answer)
+        if failure is not None:
+            _tell_user(f"warning: {failure}")
         if answer["is_last"] and any("hits" in mount for mount in answer["mounts"]):
             _sum_up(_totals_of(answer["mounts"]))
 
@@ -122,8 +144,6 @@ class _Job:
         def start_keeper(listener: socket.socket) -> None:
             nonlocal is_first
             is_first = True
-            from cachefs.mount.keeper import fork_keeper  # slow: those who join need none
-
             fork_keeper(listener, self._settings, keep=self._keep)
 
         attendance = attend(self._settings, self._keep, start_keeper)
@@ -144,8 +164,11 @@ class _Job:
         for source, problem in problems:
             _warn_uncached(source, problem)
         if is_first:
-            for warning in {text for one in self._settings for text in warnings(one)}:
-                complain(f"warning: {warning}")
+            served = [
+                one for one, mount in zip(self._settings, attendance.mounts, strict=True) if mount.problem is None
+            ]
+            for warning in {text for one in served for text in warnings(one)}:
+                _tell_user(f"warning: {warning}")
 
     def _go_without(self, reason: str) -> None:
         for one in self._settings:
@@ -165,12 +188,12 @@ class _Job:
 
     def _tell(self, event: dict[str, Any]) -> None:
         if event["event"] == "gone":
-            complain(
+            _tell_user(
                 f"warning: {event['mountpoint']} is cached no more, because {event['reason']}: "
                 "from now on it is read from the source"
             )
         elif event["event"] == "failed":
-            complain(f"warning: {event['reason']}")
+            _tell_user(f"warning: {event['reason']}")
 
     def _keeper_died(self) -> None:
         """Nobody looks after the mounts any more, and their daemons end: uncover the sources."""
@@ -181,7 +204,7 @@ class _Job:
             if mount.problem is None:
                 uncover(Path(mount.mountpoint), Path(mount.scratch), is_private=attendance.is_private)
         attendance.close()
-        complain("warning: the keeper of the mounts died: from now on the data are read from the source")
+        _tell_user("warning: the keeper of the mounts died: from now on the data are read from the source")
 
 
 def _settings_of(data: Sequence[str], scratch: Path, options: dict[str, Any]) -> Iterator[Settings]:
@@ -202,14 +225,29 @@ def _settings_of(data: Sequence[str], scratch: Path, options: dict[str, Any]) ->
             _check_apart(other, settings)
         made.append(settings)
         around = containing_mount(target)
-        if around is not None and around.fstype == FSTYPE:
+        if around is not None and around.fstype == FSTYPE and _shows(around, settings):
             continue  # by a `cachefs run` around this one, or by `cachefs mount`
         check_paths(settings, is_private=True)  # the keeper asks again where it is not
         try:
             check_capacity(settings)
         except CachefsError as error:  # 5% of the disk stay free all the same
-            complain(f"warning: {error}")
+            _tell_user(f"warning: {error}")
         yield settings
+
+
+def _scratch_path(scratch: Path | None) -> Path:
+    try:
+        return scratch_path(scratch)
+    except FileNotFoundError:  # no temporary directory can be written to: the daemon will say so of this one
+        return Path(os.environ.get("TMPDIR") or "/tmp", f"cachefs-{os.getuid()}")
+
+
+def _shows(mount: Mount, settings: Settings) -> bool:
+    """Whether a mount of ours, at the mountpoint or around it, is one of the source that is meant."""
+    if settings.source == settings.mountpoint:
+        return True
+    lease = live_lease(mount) if mount.path == settings.mountpoint else None
+    return lease is not None and lease.source == str(settings.source)
 
 
 def _split(text: str) -> tuple[Path, Path | None]:
@@ -224,6 +262,15 @@ def _split(text: str) -> tuple[Path, Path | None]:
             return Path(text[:at]), Path(text[at + 1 :])
         at = text.rfind(":", 0, at)
     return Path(text), None
+
+
+def _paths_in(text: str) -> Iterator[Path]:
+    """All paths that a --data may mean; nothing is looked at, for a dead mount may be there."""
+    yield Path(text)
+    for at, character in enumerate(text):
+        if character == ":":
+            yield Path(text[:at])
+            yield Path(text[at + 1 :])
 
 
 def _check_apart(one: Settings, other: Settings) -> None:
@@ -241,7 +288,25 @@ def _refusal(source: str, reason: str) -> CachefsError:
 
 
 def _warn_uncached(source: str, reason: str) -> None:
-    complain(f"warning: {source} is not cached, the command reads the source: {reason}")
+    _tell_user(f"warning: {source} is not cached, the command reads the source: {reason}")
+
+
+def _tell_user(line: str) -> None:
+    """Say it, if anybody listens: what cannot be said keeps no command from running, and changes no exit status."""
+    try:
+        complain(line)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - else the interpreter tries again at its end, and fails
+
+
+def _own_environment() -> dict[str, str]:
+    """Our environment as we got it: where there is no locale the interpreter sets LC_CTYPE, for itself (PEP 538)."""
+    environment = dict(os.environ)
+    with suppress(OSError):
+        given = Path("/proc/self/environ").read_bytes().split(b"\0")
+        if not any(item.startswith(b"LC_CTYPE=") for item in given):
+            environment.pop("LC_CTYPE", None)
+    return environment
 
 
 def _outer_mounts() -> list[Any]:
@@ -257,7 +322,8 @@ def _totals_of(mounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {key: round(sum(mount.get(key, 0) for mount in mounts), 3) for key in _TOTALS}
 
 
-def _write_report(path: Path, facts: dict[str, Any], answer: dict[str, Any]) -> None:
+def _write_report(path: Path, facts: dict[str, Any], answer: dict[str, Any]) -> str | None:
+    """Write it, whole or not at all; what went wrong."""
     mounts = answer["mounts"]
     content = {**facts, "is_last": answer["is_last"], "totals": _totals_of(mounts), "mounts": mounts}
     new = path.with_name(f".{path.name}.{os.getpid()}")
@@ -265,12 +331,15 @@ def _write_report(path: Path, facts: dict[str, Any], answer: dict[str, Any]) -> 
         new.write_text(json.dumps(content, indent=1) + "\n")
         new.replace(path)
     except OSError as error:
-        complain(f"warning: the report {path} cannot be written: {describe(error)}")
+        with suppress(OSError):
+            new.unlink()
+        return f"the report {path} cannot be written: {describe(error)}"
+    return None
 
 
 def _sum_up(totals: dict[str, Any]) -> None:
     fetched, saved = format_size(totals["source_bytes_read"]), format_size(totals["hit_bytes"])
-    complain(
+    _tell_user(
         f"{count(totals['fetches'], 'file')} and {fetched} from the source, {count(totals['hits'], 'hit')}, "
         f"{totals['wait_seconds']:,.1f} s waited, {saved} saved"
     )

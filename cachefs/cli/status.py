@@ -18,6 +18,14 @@ from cachefs.mount.control_client import ask
 from cachefs.mount.mountinfo import Mount, read_mounts
 from cachefs.mount.unmount import find_our_mount, live_lease, scratch_of
 
+_LISTED = 10
+
+
+def _listed(paths: list[str]) -> str:
+    more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
+    return ", ".join(paths[:_LISTED]) + more or "nothing"
+
+
 _ROWS = (
     ("source", "source", str),
     ("scratch", "scratch", str),
@@ -25,11 +33,16 @@ _ROWS = (
     ("capacity", "capacity_bytes", format_size),
     ("resident files", "resident_files", "{:,}".format),
     ("resident bytes", "resident_bytes", format_size),
+    ("promoted files", "promoted_files", "{:,}".format),
+    ("promoted bytes", "promoted_bytes", format_size),
+    ("promoted", "promoted_directories", _listed),
+    ("promotion", "promotion", str),
     ("hits", "hits", "{:,}".format),
     ("misses", "misses", "{:,}".format),
     ("bypasses", "bypasses", "{:,}".format),
     ("evictions", "evictions", "{:,}".format),
     ("fetches", "fetches", "{:,}".format),
+    ("of these ahead", "prefetches", "{:,}".format),
     ("fetch errors", "fetch_errors", "{:,}".format),
     ("read from source", "source_bytes_read", format_size),
     ("served", "bytes_served", format_size),

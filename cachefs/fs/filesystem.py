@@ -14,7 +14,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
@@ -46,6 +46,11 @@ class FileSystem:
         self._nursery = nursery
         self._ttl = ttl
         self._files: dict[int, tuple[OpenFile, int]] = {}
+        self.on_miss: Callable[[Node], None] | None = None
+        """Called with each file that was opened and is not resident."""
+        self.on_open: Callable[[Node], None] | None = None
+        self.on_listing: Callable[[Node], None] | None = None
+        """Called with each file, or directory, that is opened."""
         self._hung_until = 0.0
         self._gathers = trio.CapacityLimiter(_GATHERS)
 
@@ -144,6 +149,8 @@ class FileSystem:
             untyped = [name for name, _, kind in entries if not kind]
             if untyped:
                 await self._ask_attributes(node, untyped)
+        if self.on_listing is not None:
+            self.on_listing(node)
         return list(directory.children)
 
     def listed_child(self, inode: int, name: bytes) -> Node | int | None:
@@ -164,18 +171,25 @@ class FileSystem:
         """Ask for the attributes of all names of a directory that have none: somebody reads them one by one."""
         try:
             async with self._gathers:
-                now = time.monotonic()
-                names = [
-                    name
-                    for name, child in directory.children.items()
-                    if not isinstance(child, Node) or now >= child.expires
-                ]
-                await self._ask_attributes(parent, names)
+                await self._ask_attributes(parent, self._without_attributes(parent, directory.children))
         except OSError as error:
             log.info("attributes not gathered path=%r error=%r", parent.path, error.strerror)
         finally:
             directory.is_gathering = False
             directory.cold_lookups = 0
+
+    def _without_attributes(self, parent: Node, names: Iterable[bytes]) -> list[bytes]:
+        """Those of the names in a directory of which no fresh attributes are known."""
+        now, children = time.monotonic(), directory_of(parent).children
+        return [
+            name
+            for name in names
+            if not isinstance(child := children.get(name, 0), Node) or child.attributes is None or now >= child.expires
+        ]
+
+    async def learn_attributes(self, directory: Node, names: Iterable[bytes]) -> None:
+        """Ask for those attributes of names in a directory that are not known, or not fresh."""
+        await self._ask_attributes(directory, self._without_attributes(directory, names))
 
     async def _ask_attributes(self, parent: Node, names: list[bytes]) -> None:
         path = parent.path
@@ -191,6 +205,47 @@ class FileSystem:
                         self.inodes.remove_child(parent, name, expires)
 
             await self._source.stat_many(path, names[start : start + NAMES_A_JOB], learn)
+
+    async def find(self, path: bytes) -> Node:
+        """The entry of a path relative to the source, b"" for its root. Raises FileNotFoundError and SourceError."""
+        node: Node | None = self.inodes.root
+        for name in path.split(b"/") if path else ():
+            node = None if node is None or name in (b"", b".", b"..") else await self.lookup(node.inode, name)
+        if node is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return await self.getattr(node.inode)
+
+    async def walk(self, node: Node, *, is_tree: bool, on_file: Callable[[bytes, bytes], Awaitable[None]]) -> None:
+        """Call `on_file` with path and packed attributes of each regular file below a directory, or of a file itself.
+
+        Without `is_tree` its sub-directories are left out. What cannot be listed is passed over, but for `node` itself.
+        """
+        if node.kind == stat.S_IFREG and node.attributes is not None:
+            return await on_file(node.path, node.attributes)
+        waiting = [node]
+        while waiting:
+            directory = waiting.pop()
+            try:
+                names = await self.snapshot(directory.inode)
+            except OSError as error:
+                if directory is node:
+                    raise
+                log.info("not walked path=%r error=%r", directory.path, error.strerror)
+                continue
+            below: list[Node] = []
+            for start in range(0, len(names), NAMES_A_JOB):
+                part = names[start : start + NAMES_A_JOB]
+                await self._ask_attributes(directory, self._without_attributes(directory, part))
+                for name in part:
+                    child = self.inodes.child(directory, name)
+                    if child is None or child.attributes is None:
+                        continue
+                    if child.kind == stat.S_IFREG:
+                        await on_file(child.path, child.attributes)
+                    elif child.kind == stat.S_IFDIR and is_tree:
+                        below.append(child)
+            waiting += reversed(below)
+        return None
 
     # Files
 
@@ -214,6 +269,10 @@ class FileSystem:
         except SourceError:
             self._expire(node)
             raise
+        if file.was_missing and self.on_miss is not None:
+            self.on_miss(node)
+        if self.on_open is not None:
+            self.on_open(node)
         shared = self._files.get(inode)
         if shared is not None:  # opened by somebody else meanwhile
             file.close()

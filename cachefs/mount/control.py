@@ -6,24 +6,33 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import trio
 
 from cachefs.cache.scratch import Scratch
 
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
 log = logging.getLogger(__name__)
 
 _LINE_BYTES = 1 << 20
 
 Command = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Makes the reply to a request."""
+Send = Callable[[Mapping[str, Any]], Awaitable[None]]
+Stream = Callable[[Mapping[str, Any], Send], Awaitable[None]]
+"""Sends any number of replies to a request."""
 
 
 async def serve_control(
     scratch: Scratch,
     lease: str,
     commands: Mapping[str, Command],
+    streams: Mapping[str, Stream],
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer requests for ever."""
@@ -35,18 +44,26 @@ async def serve_control(
         task_status.started()
 
         async def answer(stream: trio.SocketStream) -> None:
-            try:
-                request = json.loads(await _read_line(stream))
-                command = commands.get(request.get("command"))
-                reply = command(request) if command else {"error": f"unknown command {request.get('command')!r}"}
-            except (ValueError, AttributeError) as error:
-                reply = {"error": f"not a request: {error}"}
-            except trio.BrokenResourceError:
-                return
-            try:
+            async def send(reply: Mapping[str, Any]) -> None:
                 await stream.send_all(json.dumps(reply).encode() + b"\n")
+
+            try:
+                try:
+                    request = json.loads(await _read_line(stream))
+                    name = request.get("command")
+                    if name in streams:
+                        return await streams[name](request, send)
+                    command = commands.get(name)
+                    reply = command(request) if command else {"error": f"unknown command {name!r}"}
+                except (ValueError, AttributeError, KeyError, TypeError) as error:
+                    reply = {"error": f"not a request: {error}"}
+                await send(reply)
             except trio.BrokenResourceError:
                 log.debug("control client left before its answer")
+            except BaseExceptionGroup as group:
+                _, others = group.split(trio.BrokenResourceError)
+                if others is not None:
+                    raise
 
         await trio.serve_listeners(answer, [trio.SocketListener(sock)])
 

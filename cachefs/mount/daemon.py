@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,13 +20,15 @@ from cachefs.config import Settings
 from cachefs.errors import CachefsError
 from cachefs.mount.notify import ServiceManager
 from cachefs.mount.purge import purge
-from cachefs.mount.serve import lay_grounds, open_source, serve
+from cachefs.mount.serve import KEEPER_SIGNAL, lay_grounds, open_source, serve
 from cachefs.workers.fork_server import close_all_but, end_with_parent
 
 log = logging.getLogger(__name__)
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _KEPT_LOGS = 10
+JOB_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""What batch systems send to every process of a job, that it may save its state: not meant for us."""
 
 
 def serve_in_foreground(settings: Settings, on_ready: Callable[[], None]) -> None:
@@ -54,16 +56,19 @@ def serve_in_background(settings: Settings) -> int:
     return pid
 
 
-def start_daemon(settings: Settings, *, ends_with_parent: bool = False) -> tuple[int, int]:
-    """Fork a daemon: its pid, and a pipe over which `problem_of_start` learns how the start went, until its end."""
+def start_daemon(settings: Settings, *, is_kept: bool = False) -> tuple[int, int]:
+    """Fork a daemon: its pid, and a pipe over which `problem_of_start` learns how the start went, until its end.
+
+    One that `is_kept` ends when this process does, at the latest.
+    """
     reading, writing = os.pipe()
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        if ends_with_parent:
-            end_with_parent(parent, signal.SIGTERM)
+        if is_kept:
+            end_with_parent(parent, KEEPER_SIGNAL)
         os.close(reading)
         _run_daemon(settings, writing)
     os.close(writing)
@@ -78,10 +83,16 @@ def problem_of_start(said: bytes, settings: Settings) -> CachefsError | None:
     return CachefsError(report["error"], report["hint"]) if "error" in report else None
 
 
+def ignore(signals: Iterable[signal.Signals]) -> None:
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _run_daemon(settings: Settings, pipe: int) -> None:
     """Serve, say over `pipe` how the start went, and exit."""
     status = 1
     try:
+        ignore(JOB_SIGNALS)
         os.setsid()
         os.chdir("/")
         os.umask(0o077)

@@ -16,6 +16,8 @@ import trio
 from cachefs.config import Settings
 from cachefs.errors import CachefsError, describe
 from cachefs.mount.mountinfo import find_mount, mount_name
+from cachefs.mount.system_calls import umount
+from cachefs.mount.unmount import uncover_whole
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +68,15 @@ class Session:
 
     def unmount(self) -> None:
         """Unmount, lazily where it is in use, unless something else lies on top or it is gone already."""
-        mount = find_mount(self._settings.mountpoint)
-        pyfuse3.close(unmount=mount is not None and mount.name == self._name)
+        place = self._settings.mountpoint
+        mount = find_mount(place)
+        if mount is None or mount.name != self._name:
+            pyfuse3.close(unmount=False)
+            return
+        uncover_whole(mount)
+        pyfuse3.close(unmount=True)
+        while (left := find_mount(place)) is not None and left.name == self._name and os.geteuid() == 0:
+            umount(place, detach=True)  # the mount was promoted while it was unmounted
 
 
 @asynccontextmanager

@@ -35,6 +35,7 @@ FORWARDED = (
     signal.SIGXCPU,
     signal.SIGALRM,
     signal.SIGWINCH,
+    signal.SIGCONT,
 )
 _STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)
@@ -100,7 +101,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], watched:
     program = find_command(command[0], environment)
     try:
         with _Signals() as signals:
-            pid = _start(program, command, environment, signals.original_mask)
+            pid = _start(program, command, environment, signals)
             return _wait(pid, signals, watched)
     except _NoProcessError:
         return _become(program, command, environment, watched)
@@ -113,6 +114,8 @@ class _Signals:
         self._caught = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
         self._before: dict[int, object] = {}
         self._sentinel = 0
+        self.is_continued = False
+        """Whether SIGCONT was among those that arrived last."""
         self.original_mask: set[int] = set()
 
     def __enter__(self) -> _Signals:
@@ -127,16 +130,21 @@ class _Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.kill(self._sentinel, signal.SIGKILL)
+        os.waitpid(self._sentinel, 0)  # before SIGCHLD may be ignored again: then there is nothing to wait for
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._wakeup)
         for fd in self._reading, self._writing, self._question, self._answer:
             os.close(fd)
-        os.kill(self._sentinel, signal.SIGKILL)
-        os.waitpid(self._sentinel, 0)
 
     def fileno(self) -> int:
         return self._reading
+
+    @property
+    def are_children_ignored(self) -> bool:
+        """Whether SIGCHLD was ignored when we started, as some parents leave it."""
+        return self._before[signal.SIGCHLD] is signal.SIG_IGN
 
     def unblock(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self.original_mask)
@@ -144,10 +152,12 @@ class _Signals:
     def sent_to_us_alone(self) -> list[int]:
         """The signals that have arrived, but for those that the others of the group have too, and SIGCHLD."""
         arrived = self._arrived()
+        self.is_continued = False
         if not arrived - {signal.SIGCHLD}:
             return []
         time.sleep(_ALL_HAVE_IT_SECONDS)
         arrived |= self._arrived()
+        self.is_continued = signal.SIGCONT in arrived
         return sorted(arrived - self._sent_to_all() - {signal.SIGCHLD})
 
     def _arrived(self) -> set[int]:
@@ -198,7 +208,7 @@ def _take_pending(numbers: Sequence[int]) -> list[int]:
     return taken
 
 
-def _start(program: str, command: Sequence[str], environment: Mapping[str, str], mask: set[int]) -> int:
+def _start(program: str, command: Sequence[str], environment: Mapping[str, str], signals: _Signals) -> int:
     """Fork and execute; the pid. Raises CommandError. Caught signals must be blocked, and are not when it returns."""
     reading, writing = os.pipe()
     parent = os.getpid()
@@ -212,7 +222,9 @@ def _start(program: str, command: Sequence[str], environment: Mapping[str, str],
         try:
             end_with_parent(parent, signal.SIGKILL)
             _restore_dispositions()
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if signals.are_children_ignored:
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            signals.unblock()
             _execute(program, command, environment)
         except OSError as error:
             os.write(writing, str(error.errno or errno.EIO).encode())
@@ -221,7 +233,7 @@ def _start(program: str, command: Sequence[str], environment: Mapping[str, str],
     os.close(writing)
     with open(reading) as pipe:
         failure = pipe.read()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    signals.unblock()
     if failure:
         os.waitpid(pid, 0)
         raise CommandError(command[0], OSError(int(failure), os.strerror(int(failure))))
@@ -264,21 +276,31 @@ def _wait(pid: int, signals: _Signals, watched: Watched | None) -> int:
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
         if ended and os.WIFSTOPPED(status):
-            _stop_with(pid)
-        elif ended:
+            _stop_with(pid, signals)
+            continue
+        if ended:
             return KILLED + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         happened = {fd for fd, _ in poll.poll()}
         if signals.fileno() in happened:
-            for number in signals.sent_to_us_alone():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
+            _pass_on(pid, signals)
         if watched is not None and watched.fd in happened and not watched.on_readable():
             poll.unregister(watched.fd)
             watched = None
 
 
-def _stop_with(pid: int) -> None:
-    """The command has stopped: so do we, that our shell sees it; when we are continued, so is the command."""
-    os.kill(os.getpid(), signal.SIGSTOP)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGCONT)
+def _pass_on(pid: int, signals: _Signals) -> None:
+    for number in signals.sent_to_us_alone():
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _stop_with(pid: int, signals: _Signals) -> None:
+    """The command has stopped: so do we, that our shell sees it, until SIGCONT, which is passed on like the others.
+
+    Not so if both were stopped and continued, and we hear of the stop only now: nobody would continue us again.
+    """
+    time.sleep(_ALL_HAVE_IT_SECONDS)
+    _pass_on(pid, signals)
+    has_gone_on = os.waitid(os.P_PID, pid, os.WCONTINUED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    if not signals.is_continued and not has_gone_on:
+        os.kill(os.getpid(), signal.SIGSTOP)

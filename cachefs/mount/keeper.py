@@ -6,8 +6,10 @@ has ended, however that was, it unmounts, ends the daemons, purges scratch unles
 
 Invariants:
 - A mount whose daemon has died is detached at once, so that the source shows again.
-- The keeper holds no descriptor of whoever forked it, and has one thread. It never waits for a single peer.
-- Its daemons end when it does, however it ends.
+- The keeper holds no descriptor of whoever forked it (`rendezvous.fork_keeper`), and has one thread. It never waits for
+  a single peer.
+- Its daemons end when it does, however it ends. Until then neither it nor they end by a signal that is meant for the
+  job, whose command may go on reading: SIGTERM sent to every process of it, say.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cachefs.config import Settings
 from cachefs.errors import CachefsError, describe
 from cachefs.mount.checks import check_fuse, check_may_cover
 from cachefs.mount.control_client import ask
-from cachefs.mount.daemon import problem_of_start, start_daemon
+from cachefs.mount.daemon import JOB_SIGNALS, ignore, problem_of_start, start_daemon
 from cachefs.mount.mountinfo import find_mount
 from cachefs.mount.namespaces import (
     bind_read_only,
@@ -37,8 +39,8 @@ from cachefs.mount.namespaces import (
 )
 from cachefs.mount.purge import ScratchInUseError, purge
 from cachefs.mount.rendezvous import Mounted, peer_uid, receive, send
+from cachefs.mount.serve import KEEPER_SIGNAL, name_of_signal
 from cachefs.mount.unmount import live_lease, scratch_of, uncover
-from cachefs.workers.fork_server import close_all_but
 
 START_SECONDS = 60.0
 """How long a daemon may take until its mount answers. Then its source is most likely not there at all."""
@@ -59,6 +61,7 @@ class _Mount:
         self.pipe = -1
         self.said = b""
         self.problem: CachefsError | None = None
+        self.has_served = False
         self.last_status: dict[str, Any] = {}
 
     @property
@@ -69,8 +72,8 @@ class _Mount:
     def is_alive(self) -> bool:
         return self.pidfd >= 0
 
-    def start(self) -> None:
-        self.pid, self.pipe = start_daemon(self.settings, ends_with_parent=True)
+    def start(self, *, is_private: bool) -> None:
+        self.pid, self.pipe = start_daemon(replace(self.settings, is_private=is_private), is_kept=True)
         self.pidfd = os.pidfd_open(self.pid)
 
     def hear(self) -> None:
@@ -80,6 +83,7 @@ class _Mount:
         if not part:
             self._close_pipe()
             self.problem = problem_of_start(self.said, self.settings)
+            self.has_served = self.problem is None
 
     def give_up(self) -> None:
         """It takes too long."""
@@ -89,7 +93,7 @@ class _Mount:
         )
         self.signal(signal.SIGKILL)
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal(self, number: int) -> None:
         if self.is_alive:
             signal.pidfd_send_signal(self.pidfd, number)
 
@@ -99,7 +103,7 @@ class _Mount:
         os.close(self.pidfd)
         self.pidfd = -1
         if os.WIFSIGNALED(status):
-            return f"its daemon was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+            return f"its daemon was killed by {name_of_signal(os.WTERMSIG(status))}"
         code = os.WEXITSTATUS(status)
         return f"its daemon ended with status {code}" if code else "it was unmounted"
 
@@ -136,24 +140,6 @@ class _Claim:
     was_told: bool = False
 
 
-def fork_keeper(listener: socket.socket, settings: Sequence[Settings], *, keep: bool) -> int:
-    """Fork a keeper that serves claims at `listener`; its pid. The caller must have one thread."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setsid()
-            os.chdir("/")
-            os.umask(0o077)
-            null = os.open(os.devnull, os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
-            close_all_but({listener.fileno()})
-            Keeper(listener, settings, keep=keep).run()
-        finally:
-            os._exit(0)
-    return pid
-
-
 class Keeper:
     def __init__(self, listener: socket.socket, settings: Sequence[Settings], *, keep: bool) -> None:
         self._listener = listener
@@ -161,24 +147,19 @@ class Keeper:
         self._mounts = [_Mount(one) for one in settings]
         self._claims: dict[int, _Claim] = {}
         self._is_private = False
+        self._forbidden: CachefsError | None = None
         self._poll = select.poll()
         self._deadline = time.monotonic() + START_SECONDS
-        self._is_told_to_end = False
         self._is_awaited = True
 
     def run(self) -> None:
         """Serve until the last claim has ended."""
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
-            signal.signal(number, signal.SIG_IGN)
+        ignore((*JOB_SIGNALS, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, nothing could be reaped
-        wakeup, signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(signalled)
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_is_told_to_end", True))
-        self._poll.register(wakeup, select.POLLIN)
         self._poll.register(self._listener, select.POLLIN)
         try:
             self._start()
-            while not self._is_told_to_end and (self._claims or self._is_awaited):
+            while self._claims or self._is_awaited:
                 self._wait()
                 self._is_awaited &= not self._claims and time.monotonic() < self._deadline
         except Exception as error:
@@ -189,9 +170,14 @@ class Keeper:
             self._end(None)
 
     def _start(self) -> None:
-        forbidden = probe_private_namespaces()
-        if forbidden is None:
-            enter_private_namespaces()
+        self._forbidden = probe_private_namespaces()
+        if self._forbidden is None:
+            try:
+                enter_private_namespaces()
+            except CachefsError as error:  # somebody else took the last one in between
+                for mount in self._mounts:
+                    mount.problem = error
+                return
             self._is_private = True
         for mount in self._mounts:
             settings = mount.settings
@@ -201,11 +187,9 @@ class Keeper:
                     self._lay_source_beneath(settings)
                 else:
                     check_may_cover(settings.mountpoint)
-                mount.start()
+                mount.start(is_private=self._is_private)
             except CachefsError as error:
-                mount.problem = error
-                if forbidden is not None:
-                    mount.problem = CachefsError(f"{forbidden.args[0]}, and {error.args[0]}", error.hint)
+                mount.problem = self._in_full(error)
             except OSError as error:
                 mount.problem = CachefsError(f"its daemon could not be started: {describe(error)}")
             else:
@@ -253,6 +237,13 @@ class Keeper:
         mount.hear()
         if not mount.is_starting:
             self._poll.unregister(pipe)
+            mount.problem = mount.problem and self._in_full(mount.problem)
+
+    def _in_full(self, error: CachefsError) -> CachefsError:
+        """Why a mount could not be made: with what kept it from private namespaces, where it would have been easier."""
+        if self._forbidden is None:
+            return error
+        return CachefsError(f"{self._forbidden.args[0]}, and {error.args[0]}", error.hint)
 
     def _bury(self, mount: _Mount) -> None:
         """The daemon has ended: uncover the source, and say so where the mount was in use."""
@@ -306,7 +297,7 @@ class Keeper:
         for mount in self._mounts:
             if mount.is_alive:
                 self._detach(mount)
-                mount.signal(signal.SIGTERM)
+                mount.signal(KEEPER_SIGNAL)
         deadline = time.monotonic() + END_SECONDS
         for mount in self._mounts:
             if mount.is_alive:
@@ -323,7 +314,10 @@ class Keeper:
         uncover(mount.settings.mountpoint, mount.settings.scratch, is_private=self._is_private)
 
     def _purge(self) -> list[str]:
-        """Purge each scratch; what could not be purged, in words. One in use is left to its last user."""
+        """Purge each scratch; what could not be purged, in words. One in use is left to its last user.
+
+        What is wrong with a scratch that no mount could use has been said already.
+        """
         problems = []
         for scratch in {mount.settings.scratch for mount in self._mounts}:
             if not os.path.lexists(scratch):
@@ -333,7 +327,8 @@ class Keeper:
             except ScratchInUseError:
                 continue
             except CachefsError as error:
-                problems.append(str(error))
+                if any(mount.has_served and mount.settings.scratch == scratch for mount in self._mounts):
+                    problems.append(str(error))
         return problems
 
 

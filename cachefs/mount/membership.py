@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from cachefs.cache.ledger import Ledger
 from cachefs.cache.scratch import Scratch, scratch_lock
 from cachefs.cache.storage import Storage
+from cachefs.cache.trees import Trees
 from cachefs.config import Settings
 from cachefs.errors import describe
 from cachefs.mount.leases import Lease, LeaseRecord, live_leases, new_lease_id, process_started
@@ -24,9 +25,9 @@ log = logging.getLogger(__name__)
 
 
 class Membership:
-    """Joins on construction; `leave` at the end."""
+    """Joins on construction; `leave` at the end. `abandoned_trees` are those of mounts that are gone."""
 
-    def __init__(self, settings: Settings, scratch: Scratch, storage: Storage, dataset: bytes) -> None:
+    def __init__(self, settings: Settings, scratch: Scratch, storage: Storage, trees: Trees, dataset: bytes) -> None:
         self._scratch = scratch
         self._storage = storage
         self.record = LeaseRecord(
@@ -44,6 +45,8 @@ class Membership:
             self.ledger = Ledger(scratch.fd, self.record.id, storage.boot)
             self._lease = Lease(scratch, self.record)
             self._is_counted = self.ledger.join([other.id for other in others])
+            ended = {*trees.names()} - {other.id for other in others}
+            self.abandoned_trees = tuple(ended - {self.record.id})
             self._joining = ExitStack() if self._is_counted else joining.pop_all()
 
     def live_datasets(self) -> list[bytes]:

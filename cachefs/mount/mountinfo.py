@@ -1,4 +1,8 @@
-"""What is mounted where, from /proc/self/mountinfo. Nothing here touches a mountpoint, so nothing here can hang."""
+"""What is mounted where, from /proc/self/mountinfo. Nothing here touches a mountpoint, so nothing here can hang.
+
+What a mount of cachefs has promoted are mounts too, bound from a tree in its scratch over the mount itself. They are
+part of it: `find_mount` and `containing_mount` look through them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 FSTYPE = "fuse.cachefs"
 _OURS = re.compile(r"cachefs:([0-9a-f]+)@(.+)")
+_TREE = re.compile(r"(?:.*/)?trees/([0-9a-f]+)(?:/.*)?", re.DOTALL)
 
 NETWORK_FSTYPES = frozenset(
     [
@@ -43,19 +48,30 @@ MEMORY_FSTYPES = frozenset(("tmpfs", "ramfs"))
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of mountinfo. `device` is "major:minor", `name` what was mounted, `options` the file system's own."""
+    """One line of mountinfo. `device` is "major:minor", `name` what was mounted, `options` the file system's own.
+
+    `root` is which directory of the file system shows, `id` tells mounts apart that are there at the same time.
+    """
 
     path: Path
     device: str
     fstype: str
     name: str
     options: frozenset[str] = frozenset()
+    root: str = "/"
+    id: int = 0
 
     @property
     def lease(self) -> tuple[Path, str] | None:
         """(scratch, lease id) of a mount of cachefs."""
         match = _OURS.fullmatch(self.name) if self.fstype == FSTYPE else None
         return (Path(os.fsdecode(unquote_to_bytes(match[2]))), match[1]) if match else None
+
+    @property
+    def tree(self) -> str | None:
+        """The lease in whose tree lies what shows here, if it looks like that."""
+        match = _TREE.fullmatch(self.root)
+        return match[1] if match else None
 
 
 def mount_name(scratch: Path, lease: str) -> str:
@@ -77,6 +93,8 @@ def read_mounts() -> list[Mount]:
                     _unescape(fields[end + 1]),
                     _unescape(fields[end + 2]),
                     frozenset(fields[end + 3].decode(errors="replace").split(",")),
+                    _unescape(fields[3]),
+                    int(fields[0]),
                 )
             )
     return mounts
@@ -84,13 +102,24 @@ def read_mounts() -> list[Mount]:
 
 def find_mount(path: Path) -> Mount | None:
     """The topmost mount whose mountpoint is exactly `path`."""
-    return next((mount for mount in reversed(read_mounts()) if mount.path == path), None)
+    return next((mount for mount in reversed(_all_but_promoted(read_mounts())) if mount.path == path), None)
+
+
+def promoted_in(mount: Mount) -> list[Mount]:
+    """What a mount of cachefs has promoted, in the order in which it was mounted."""
+    lease = mount.lease
+    return [other for other in read_mounts() if lease is not None and other.tree == lease[1]]
+
+
+def _all_but_promoted(mounts: list[Mount]) -> list[Mount]:
+    leases = {mount.lease[1] for mount in mounts if mount.lease is not None}
+    return [mount for mount in mounts if mount.tree not in leases] if leases else mounts
 
 
 def containing_mount(path: Path) -> Mount | None:
     """The mount that the absolute `path` lies in."""
     best: Mount | None = None
-    for mount in read_mounts():
+    for mount in _all_but_promoted(read_mounts()):
         within = mount.path == path or mount.path in path.parents
         if within and (best is None or len(mount.path.parts) >= len(best.path.parts)):
             best = mount

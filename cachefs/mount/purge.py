@@ -12,10 +12,11 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachefs.cache.scratch import DIRECTORIES, FILES, MARK, is_still_at, open_scratch, scratch_lock
+from cachefs.cache.scratch import DIRECTORIES, FILES, MARK, Scratch, is_still_at, open_scratch, scratch_lock
+from cachefs.cache.trees import fell
 from cachefs.errors import CachefsError, describe
 from cachefs.mount.leases import live_leases
-from cachefs.mount.mountinfo import mount_id_of
+from cachefs.mount.mountinfo import mount_id_of, read_mounts
 
 
 class ScratchInUseError(CachefsError):
@@ -49,6 +50,7 @@ def purge(path: Path) -> Purged:
             if live:
                 mounts = ", ".join(record.mountpoint for record in live)
                 raise ScratchInUseError(f"scratch {path} is in use by {mounts}", "unmount first, with cachefs umount")
+            _fell_trees(scratch, path, here)
             files, size = 0, 0
             for name in DIRECTORIES:
                 removed = _remove_tree(scratch.fd, name, here)
@@ -70,6 +72,28 @@ def purge(path: Path) -> Purged:
     finally:
         os.close(scratch.fd)
     return Purged(files, size, kept)
+
+
+def _fell_trees(scratch: Scratch, path: Path, here: int) -> None:
+    """Remove the trees of mounts that have ended. Raises ScratchInUseError if one is mounted still."""
+    try:
+        trees = scratch.open_directory("trees")
+    except FileNotFoundError:
+        return
+    try:
+        if mount_id_of(trees) != here:
+            raise CachefsError("the purge stopped: trees in scratch is a mount", "unmount it and purge again")
+        names = os.listdir(trees)
+        promoted = [mount.path for mount in read_mounts() if mount.tree in names]
+        if promoted:  # its daemon has died
+            raise ScratchInUseError(
+                f"scratch {path} is in use: a part of it shows at {promoted[0]}", "unmount first, with cachefs umount"
+            )
+        for name in names:
+            for _ in fell(trees, name, mount_id_of):
+                pass
+    finally:
+        os.close(trees)
 
 
 def _remove_tree(parent: int, name: str, mount: int) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 An abstract Unix socket is the meeting point: binding its name is atomic, connecting to it is a claim on the mounts that
 ends however its process ends, and it leaves no file behind. Its name is made from who asks, for what, and from which
-namespaces, so that only those meet who mean the same.
+namespaces, so that only those meet who mean the same; and from their batch job, so that only those meet who live as
+long: a batch system kills what a job, a task of an array or a step leaves behind, and the keeper with it.
 
     run → keeper    {"command": "report"}, {"command": "leave"}
     keeper → run    {"event": "ready", "mounts": [...], "is_private": bool}, with the descriptors of its namespaces
@@ -29,11 +30,17 @@ from typing import Any
 from cachefs.config import Settings
 from cachefs.errors import CachefsError
 from cachefs.mount.namespaces import namespaces_of_this_process
+from cachefs.workers.fork_server import close_all_but
 
 PACKET_BYTES = 200_000
 READY_SECONDS = 90.0
 """How long to wait for the mounts: more than the keeper gives its daemons, so only for a keeper that hangs."""
 _BACKLOG = 1024
+_JOB_VARIABLES = (
+    *("JOB_ID", "SGE_TASK_ID"),  # Grid Engine
+    *("SLURM_JOB_ID", "SLURM_STEP_ID"),
+    *("LSB_JOBID", "LSB_JOBINDEX", "PBS_JOBID"),
+)
 _MOMENT = 0.002
 _DESCRIPTORS = 3
 _CREDENTIALS = struct.Struct("3i")
@@ -106,9 +113,9 @@ def attend(settings: Sequence[Settings], keep: bool, start_keeper: StartKeeper) 
                         time.sleep(_MOMENT)
                         continue
                     listener.listen(_BACKLOG)
+                    sock.connect(name)  # before there is a keeper: however we end, it will hear of it
                     start_keeper(listener)
                     is_first = True
-                sock.connect(name)
             if peer_uid(sock) != os.geteuid():
                 raise CachefsError("another user holds the name of this job's mounts", "this may be an attack on you")
             sock.settimeout(READY_SECONDS)
@@ -123,6 +130,28 @@ def attend(settings: Sequence[Settings], keep: bool, start_keeper: StartKeeper) 
         if is_first:
             raise CachefsError("the keeper of the mounts died before they were there", "this is a bug of cachefs")
         # that keeper was ending, or has died: whoever comes first starts another
+
+
+def fork_keeper(listener: socket.socket, settings: Sequence[Settings], *, keep: bool) -> None:
+    """Fork a keeper that serves claims at `listener`. The caller must have one thread, and keeps it.
+
+    What a keeper needs is loaded in it alone: it is much, libraries in it start threads, and a fault of theirs is not
+    to be one of the run, which waits for its command all the time.
+    """
+    if os.fork() == 0:
+        try:
+            os.setsid()
+            os.chdir("/")
+            os.umask(0o077)
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            close_all_but({listener.fileno()})
+            from cachefs.mount.keeper import Keeper
+
+            Keeper(listener, settings, keep=keep).run()
+        finally:
+            os._exit(0)
 
 
 def send(sock: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> bool:
@@ -153,5 +182,6 @@ def peer_uid(sock: socket.socket) -> int:
 
 
 def _name_of(settings: Sequence[Settings], keep: bool) -> str:
-    meant = [os.geteuid(), namespaces_of_this_process(), keep, *sorted(map(repr, settings))]
+    job = [os.environ.get(variable) for variable in _JOB_VARIABLES]
+    meant = [os.geteuid(), namespaces_of_this_process(), job, keep, *sorted(map(repr, settings))]
     return "\0cachefs-" + hashlib.blake2b(repr(meant).encode(), digest_size=16).hexdigest()

@@ -29,19 +29,24 @@ from cachefs.cache.fetches import Fetches
 from cachefs.cache.files import ScratchReader
 from cachefs.cache.index import IndexHandlers
 from cachefs.cache.ledger import Ledger
+from cachefs.cache.prefetch import Prefetch
 from cachefs.cache.residency import Residency
 from cachefs.cache.scratch import Scratch
 from cachefs.cache.storage import Storage
+from cachefs.cache.trees import TreeHandlers, Trees
 from cachefs.config import Settings
 from cachefs.errors import CachefsError, describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.operations import Operations
+from cachefs.fs.read_through import ReadThrough
 from cachefs.metrics import Metrics
 from cachefs.mount.control import serve_control
 from cachefs.mount.fuse_session import mounted_session
 from cachefs.mount.leases import boot_id
 from cachefs.mount.membership import Membership
-from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount
+from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount, mount_id_of
+from cachefs.mount.promotion import Promotion
+from cachefs.mount.warming import Warming
 from cachefs.source.client import Source
 from cachefs.source.handlers import SourceHandlers
 from cachefs.source.tree import SourceTree
@@ -54,7 +59,12 @@ if sys.version_info < (3, 11):
 
 log = logging.getLogger(__name__)
 
-FETCH_WORKERS = 16
+FETCH_WORKERS = 32
+KEEPER_SIGNAL = signal.SIGRTMIN + 4
+"""Ends a mount of a job, which ignores the others: a batch system sends them to all processes of a job."""
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+DEMAND_WORKERS = 8
+"""Of FETCH_WORKERS, those that prefetching never takes."""
 METADATA_WORKERS = 8
 READ_WORKERS = 8
 SCRATCH_THREADS = 8
@@ -73,6 +83,7 @@ class Grounds:
     settings: Settings
     scratch: Scratch
     storage: Storage
+    trees: Trees
     fork_server: ForkServer
     dataset: bytes
 
@@ -87,7 +98,7 @@ def open_source(settings: Settings) -> int:
 
 def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch) -> Grounds:
     """Fork the fork server, which takes the source over. The process must have one thread."""
-    storage = Storage(scratch.fd, boot_id())
+    storage, trees = Storage(scratch.fd, boot_id()), Trees(scratch.fd)
     lifetime = _directory_lifetime(settings)
     index_path = scratch.path / "index.db"
 
@@ -98,14 +109,15 @@ def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch) -> Grounds
             {
                 **SourceHandlers(tree).table(),
                 **CopyHandlers(tree, storage).table(),
+                **TreeHandlers(tree, storage, trees, mount_id_of).table(),
                 **IndexHandlers(index_path, storage).table(),
             },
         )
 
-    fork_server = ForkServer.start(work, keep_fds=[source_fd, *storage.fds])
+    fork_server = ForkServer.start(work, keep_fds=[source_fd, trees.fd, *storage.fds])
     os.close(source_fd)  # the workers have it; the event loop never touches the source itself
     dataset = hashlib.blake2b(os.fsencode(settings.source), digest_size=16).digest()
-    return Grounds(settings, scratch, storage, fork_server, dataset)
+    return Grounds(settings, scratch, storage, trees, fork_server, dataset)
 
 
 def serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: KeepInformed | None = None) -> None:
@@ -132,7 +144,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         pools = await stack.enter_async_context(_pools(grounds.fork_server))
-        membership = Membership(settings, grounds.scratch, grounds.storage, grounds.dataset)
+        membership = Membership(settings, grounds.scratch, grounds.storage, grounds.trees, grounds.dataset)
         stack.callback(membership.leave)
         ledger = membership.ledger
         capacity = _capacity_bytes(settings, grounds.storage, ledger)
@@ -163,6 +175,23 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
             metrics,
         )
         filesystem = FileSystem(source, cache, nursery, settings.metadata_ttl - _directory_lifetime(settings))
+        prefetch = Prefetch(grounds.storage, residency, keeper, fetches, FETCH_WORKERS - DEMAND_WORKERS)
+        read_through = ReadThrough(filesystem, prefetch, nursery)
+        if settings.prefetch == "auto":
+            filesystem.on_miss = read_through.note_miss
+        elif settings.prefetch == "all":
+            read_through.fetch_everything()
+        promotion = Promotion(
+            settings,
+            filesystem,
+            residency,
+            grounds.storage,
+            grounds.trees,
+            pools["fetch"],
+            membership.record.id,
+            source.timeout,
+        )
+        stack.push_async_callback(promotion.leave)
         source_name = os.fsencode(settings.source)
         nursery.start_soon(_look_after_index, membership, residency, keeper, source_name, pools["index"])
 
@@ -183,20 +212,24 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
                 "bypasses": metrics.bypasses,
                 "evictions": metrics.evictions,
                 "fetches": metrics.fetches,
+                "prefetches": metrics.prefetches,
                 "fetch_errors": metrics.fetch_errors,
                 "source_bytes_read": metrics.source_bytes_read,
                 "bytes_served": metrics.bytes_served,
                 "wait_seconds": round(metrics.wait_seconds, 3),
+                **promotion.status(),
                 "uptime_seconds": round(metrics.uptime_seconds, 3),
                 "pid": os.getpid(),
                 "known_entries": len(filesystem.inodes),
                 "log": str(settings.scratch / "logs" / f"{os.getpid()}.log"),
             }
 
-        await nursery.start(serve_control, grounds.scratch, membership.record.id, {"status": status})
+        streams = {"warm": Warming(read_through).answer}
+        await nursery.start(serve_control, grounds.scratch, membership.record.id, {"status": status}, streams)
         stack.callback(filesystem.close)
         # from before mounting until after unmounting, a signal must not end the process: the mount would stay, dead
-        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        ending = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+        signals = stack.enter_context(trio.open_signal_receiver(KEEPER_SIGNAL, *ending))
         async with mounted_session(Operations(filesystem), settings, membership.record.id) as session:
             session.tune()
             async with _cancelled_nursery() as session_nursery:
@@ -212,6 +245,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
                 session_nursery.start_soon(_end_with_fork_server, grounds.fork_server, end)
                 session_nursery.start_soon(session.end_when_unmounted, end)
                 session_nursery.start_soon(session.announce, ready)
+                session_nursery.start_soon(promotion.run, membership.abandoned_trees)
                 await pyfuse3.main(min_tasks=_MIN_IDLE_TASKS, max_tasks=_MAX_TASKS)
 
 
@@ -280,9 +314,17 @@ async def _write_last(residency: Residency, membership: Membership) -> None:
         membership.doubt()
 
 
+def name_of_signal(number: int) -> str:
+    """SIGTERM and so on; those that have no name of their own by their number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 async def _end_on_signal(signals: AsyncIterator[int], end: Callable[[], None]) -> None:
     async for number in signals:
-        log.info("ending signal=%s", signal.Signals(number).name)
+        log.info("ending signal=%s", name_of_signal(number))
         end()
 
 

@@ -6,6 +6,8 @@ import errno
 import os
 import select
 import subprocess
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,23 @@ import psutil
 from cachefs.cache.scratch import Scratch, open_scratch
 from cachefs.errors import CachefsError, describe
 from cachefs.mount.leases import LeaseRecord, live_leases
-from cachefs.mount.mountinfo import FSTYPE, Mount, find_mount, mount_id_of, read_mounts, resolve_mountpoint
+from cachefs.mount.mountinfo import (
+    FSTYPE,
+    Mount,
+    find_mount,
+    mount_id_of,
+    promoted_in,
+    read_mounts,
+    resolve_mountpoint,
+)
 from cachefs.mount.system_calls import umount
 
 _LINKS = 40
 """How many symbolic links may follow upon each other: the kernel's limit."""
 _DAEMON_END_SECONDS = 60.0
+_MOMENT = 0.01
+_PROMOTING_SECONDS = 2.0
+"""For how long the daemon itself may hold its mount: while it promotes a directory."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,8 @@ def _is_dead(mount: Mount) -> bool:
     answer it may still know."""
     if live_lease(mount) is not None:
         return False
+    if any(other.path == mount.path for other in promoted_in(mount)):  # it is not the daemon that would answer
+        return _may_see_leases(mount)
     try:
         os.statvfs(mount.path)
     except OSError as error:
@@ -76,18 +91,47 @@ def unmount(mount: Mount, *, lazy: bool) -> bool:
     """
     record = live_lease(mount)
     is_detached = False
-    if not _try_unmount(mount, detach=False):
-        if not lazy:
-            raise _busy(mount)
-        is_detached = _try_unmount(mount, detach=True)
+    if record is None and promoted_in(mount):
+        detach(mount)  # nobody answers for the paths at which these are mounted, so they can only go together
+    else:
+        held = _unmount_all(mount, record)
+        if held is not None and not lazy:
+            raise _busy(mount, held)
+        if held is not None:
+            detach(mount)
+            is_detached = True
     if record is not None and not is_detached:
         _wait_for_end(record)
     return not is_detached
 
 
+def _unmount_all(mount: Mount, record: LeaseRecord | None) -> Mount | None:
+    """Unmount what the mount has promoted and then the mount: None, or the one of them that is in use."""
+    deadline = time.monotonic() + _PROMOTING_SECONDS
+    while True:
+        all_of_it = (*reversed(promoted_in(mount)), mount)
+        held = next((one for one in all_of_it if not _try_unmount(one, detach=False)), None)
+        if held is None or record is None or time.monotonic() > deadline:
+            return held
+        has_promoted_more = held == mount and promoted_in(mount)
+        if not has_promoted_more and {holder.pid for holder in find_holders(held)} != {record.pid}:
+            return held
+        time.sleep(_MOMENT)
+
+
 def detach(mount: Mount) -> None:
     """Take a mount away from where it is, also while it is in use. Raises CachefsError."""
+    uncover_whole(mount)
     _try_unmount(mount, detach=True)
+
+
+def uncover_whole(mount: Mount) -> None:
+    """Detach what the mount has promoted as a whole, so that it is uppermost itself. What was promoted within it goes
+    with it, and can only do so: its paths are answered by the daemon. Raises OSError.
+    """
+    for other in promoted_in(mount):
+        if other.path == mount.path:
+            umount(mount.path, detach=True)
 
 
 def uncover(mountpoint: Path, scratch: Path, *, is_private: bool) -> None:
@@ -106,9 +150,16 @@ def uncover(mountpoint: Path, scratch: Path, *, is_private: bool) -> None:
                 detach(mount)
 
 
-def detach_dead_mounts() -> None:
-    """Detach what daemons of this user that were killed have left, so that the sources show again. Never raises."""
+def detach_dead_mounts(paths: Sequence[Path]) -> None:
+    """Detach what daemons of this user that were killed have left at `paths` or above, so that the sources show again.
+
+    Never raises.
+    """
+    above = {Path(os.path.abspath(path)) for path in paths}
+    above |= {parent for path in above for parent in path.parents}
     for mount in read_mounts():
+        if mount.path not in above:
+            continue
         if mount.lease is not None and f"user_id={os.geteuid()}" in mount.options and _is_dead(mount):
             with suppress(CachefsError):
                 detach(mount)
@@ -154,6 +205,16 @@ def live_lease(mount: Mount) -> LeaseRecord | None:
         os.close(scratch.fd)
 
 
+def _may_see_leases(mount: Mount) -> bool:
+    """Whether that no live lease was found means that there is none."""
+    assert mount.lease is not None  # the caller's promise
+    try:
+        os.close(open_scratch(mount.lease[0]).fd)
+    except CachefsError:
+        return False
+    return True
+
+
 def _wait_for_end(record: LeaseRecord) -> None:
     try:
         process = os.pidfd_open(record.pid)
@@ -175,13 +236,14 @@ def _wait_for_end(record: LeaseRecord) -> None:
         os.close(process)
 
 
-def _busy(mount: Mount) -> CachefsError:
+def _busy(mount: Mount, held: Mount) -> CachefsError:
+    """Who is in the way of unmounting: `held` is the mount itself or something that it has promoted."""
     mounts = read_mounts()
     later = mounts[mounts.index(mount) + 1 :] if mount in mounts else []  # earlier ones lie beneath
-    inside = [other.path for other in later if mount.path in other.path.parents]
+    inside = [other.path for other in later if mount.path in other.path.parents and other.tree is None]
     if inside:
         return CachefsError(f"{mount.path} is busy: {inside[-1]} is mounted in it", "unmount that first")
-    holders = find_holders(mount)
+    holders = find_holders(held)
     if not holders:
         return CachefsError(
             f"{mount.path} is busy: a process that this user cannot see holds it", "end it, or detach with --lazy"
@@ -234,7 +296,12 @@ def _is_mapped(maps: Path, mount: Mount) -> bool:
     """Whether a file of the mount's device is mapped; only root may open /proc/PID/map_files."""
     major, minor = (int(number) for number in mount.device.split(":"))
     device = f"{major:02x}:{minor:02x}".encode()
-    return any(line.split(maxsplit=4)[3] == device for line in maps.read_bytes().splitlines())
+    lines = [line.split(maxsplit=5) for line in maps.read_bytes().split(b"\n") if line]
+    mapped = [fields[5] for fields in lines if fields[3] == device and len(fields) > 5]
+    if mount.tree is None:
+        return bool(mapped)
+    below = os.fsencode(mount.path).replace(b"\n", rb"\012")  # the device is that of scratch, of which all have some
+    return any(path == below or path.startswith(below + b"/") for path in mapped)
 
 
 def _mount_id_at(path: Path) -> int | None:

@@ -116,7 +116,7 @@ class WorkerPool:
                     continue
                 finished = True
                 if kind == ERROR:
-                    raise _rebuild(*rest)
+                    raise rebuild_error(*rest)
                 if kind == BUG:
                     log.error("bug in worker job=%s\n%s", job[0], rest[0])
                     raise WorkerBugError(errno.EIO, "a bug of cachefs", what)
@@ -193,7 +193,8 @@ class WorkerPool:
             self._alive -= 1
 
 
-def _rebuild(class_name: str, number: int, text: str, path: str | bytes) -> OSError:
+def rebuild_error(class_name: str, number: int, text: str, path: str | bytes) -> OSError:
+    """The exception that protocol.describe_error has described."""
     cls = _ERROR_CLASSES.get(class_name, OSError)
     if cls is errors.SourceChangedError:
         return errors.SourceChangedError(path if isinstance(path, bytes) else os.fsencode(path))

@@ -31,6 +31,12 @@ def decode(packet: memoryview) -> tuple[Any, ...]:
     return message
 
 
+def describe_error(error: OSError) -> tuple[str, int, str, str | bytes]:
+    """(name of its class, errno, text, path): what can be sent of an exception."""
+    path = error.filename if isinstance(error.filename, str | bytes) else b""
+    return type(error).__name__, error.errno or 0, error.strerror or str(error), path
+
+
 def serve(sock: socket.socket, handlers: Mapping[str, Handler]) -> None:
     """Answer jobs until the stream ends. An OSError of a handler is the job's answer; anything else is a bug.
 
@@ -49,8 +55,7 @@ def serve(sock: socket.socket, handlers: Mapping[str, Handler]) -> None:
             except StopIteration as stop:
                 answer = encode((RESULT, stop.value))
         except OSError as error:
-            path = error.filename if isinstance(error.filename, str | bytes) else b""
-            answer = encode((ERROR, type(error).__name__, error.errno or 0, error.strerror or str(error), path))
+            answer = encode((ERROR, *describe_error(error)))
         except Exception:  # reported with its traceback, and the worker lives on
             answer = encode((BUG, traceback.format_exc()))
         try:

@@ -16,7 +16,6 @@ from tests.jobs.systemd_lab import COMMAND, ROOT, SystemdLab, why_not
 REASON = why_not()
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("systemd"),
     pytest.mark.skipif(REASON is not None, reason=f"no systemd of its own: {REASON}"),
 ]
 

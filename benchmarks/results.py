@@ -1,0 +1,156 @@
+"""What was measured: every single value by case, contender and circumstances; ratios; goals; files of results.
+
+Invariants:
+- A result has one value a repetition, in their order, so a ratio is taken between values of the same repetition.
+- A goal is printed beside what was measured; nothing fails because it is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+RATIO = "ratio"
+
+Circumstances = dict[str, float]
+"""What a value depends on besides contender and case: `processes`, `latency_ms`, `bandwidth_mb_s`, `files`."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a median should be. `relation` is "at most", "below" or "at least"."""
+
+    relation: str
+    limit: float
+
+    def is_reached(self, value: float) -> bool:
+        if self.relation == "at least":
+            return value >= self.limit
+        return value < self.limit if self.relation == "below" else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.relation} {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One quantity in one case, measured in each repetition."""
+
+    case: str
+    contender: str
+    quantity: str
+    unit: str
+    values: list[float]
+    circumstances: Circumstances = field(default_factory=dict)
+    goal: Goal | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> str:
+        """Median, least and greatest as text, "1.04 (1.01 to 1.10)"; a single value alone."""
+        if len(self.values) == 1:
+            return short(self.median)
+        return f"{short(self.median)} ({short(min(self.values))} to {short(max(self.values))})"
+
+
+def ratio(numerator: Result, denominator: Result, case: str, goal: Goal | None = None) -> Result:
+    """Of each value and that of the same repetition. ValueError if they were not measured equally often."""
+    if len(numerator.values) != len(denominator.values):
+        raise ValueError(
+            f"{case}: {len(numerator.values)} values of {numerator.contender} "
+            f"and {len(denominator.values)} of {denominator.contender} are not of the same repetitions"
+        )
+    return Result(
+        case=case,
+        contender=f"{numerator.contender} / {denominator.contender}",
+        quantity=RATIO,
+        unit="x",
+        values=[above / below for above, below in zip(numerator.values, denominator.values, strict=True)],
+        circumstances={**denominator.circumstances, **numerator.circumstances},
+        goal=goal,
+    )
+
+
+class Records:
+    """The results of one workload while they grow."""
+
+    def __init__(self) -> None:
+        self._results: dict[tuple[Any, ...], Result] = {}
+        self._derived: list[Result] = []
+
+    def add(
+        self, case: str, contender: str, quantity: str, unit: str, value: float, circumstances: Circumstances
+    ) -> None:
+        """The value of one more repetition."""
+        key = (case, contender, quantity, *sorted(circumstances.items()))
+        known = self._results.setdefault(key, Result(case, contender, quantity, unit, [], circumstances))
+        known.values.append(value)
+
+    def find(self, case: str, contender: str, quantity: str = "time", **circumstances: float) -> Result | None:
+        """The first result like that whose circumstances include those given; None if it was not measured."""
+        for result in self._results.values():
+            is_it = (result.case, result.contender, result.quantity) == (case, contender, quantity)
+            if is_it and circumstances.items() <= result.circumstances.items():
+                return result
+        return None
+
+    def compare(
+        self, case: str, numerator: Result | None, denominator: Result | None, goal: Goal | None = None
+    ) -> None:
+        """Add a ratio, if both were measured."""
+        if numerator is not None and denominator is not None:
+            self._derived.append(ratio(numerator, denominator, case, goal))
+
+    def aim(self, result: Result | None, case: str, goal: Goal) -> None:
+        """Add a result once more as a figure with a goal, if it was measured."""
+        if result is not None:
+            self._derived.append(replace(result, case=case, goal=goal))
+
+    def results(self) -> list[Result]:
+        return [*self._results.values(), *self._derived]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The content of one file of results. `skipped` gives a reason for each contender that did not take part."""
+
+    workload: str
+    title: str
+    started: str
+    seconds: float
+    repetitions: int
+    page_cache: str
+    machine: dict[str, Any]
+    skipped: dict[str, str]
+    results: list[Result]
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.workload}.json"
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        content = json.loads(path.read_text())
+        results = [
+            Result(**{**each, "goal": Goal(**each["goal"]) if each["goal"] else None}) for each in content["results"]
+        ]
+        return cls(**{**content, "results": results})
+
+    def goals(self) -> Iterable[Result]:
+        return (result for result in self.results if result.goal is not None)
+
+
+def short(value: float) -> str:
+    """Three digits that count, without an exponent."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"

@@ -1,0 +1,75 @@
+"""Who sees the mounts of a run: the command and what it starts. What others mount meanwhile, it sees too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.conftest import needs_root
+from tests.run.running import JobPlace, mounts_everywhere, namespace_of
+
+
+def own_mounts(place: JobPlace) -> list[str]:
+    return [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(place.path) in line]
+
+
+def test_nobody_else_ever_sees_the_mount(place: JobPlace):
+    job = place.job()
+    assert namespace_of(job.pid) == namespace_of(job.command.pid) != namespace_of(os.getpid())
+    assert own_mounts(place) == []
+    assert len(mounts_everywhere(place.path)) == 1
+    place.write(place.source / "outside", "written outside")
+    assert job.command.read(place.source / "one") == b"1" * 1000
+    job.end()
+    assert own_mounts(place) == mounts_everywhere(place.path) == []
+
+
+def test_children_of_the_command_see_it(place: JobPlace):
+    job = place.job()
+    child = place.stage()
+    job.command.ask(f"subprocess.Popen({list(child.command)!r}, start_new_session=True).pid")
+    grandchild = child.join()
+    assert namespace_of(grandchild.pid) == namespace_of(job.command.pid)
+    assert grandchild.error_of(f"open('{place.source}/new', 'w')") == "EROFS"
+    grandchild.exit()
+    job.end()
+
+
+def test_what_is_not_cached_is_as_it_was(place: JobPlace):
+    """Outside of the data the command writes as before, and everybody sees it."""
+    job = place.job()
+    job.command.ask(f"open('{place.path}/result', 'w').write('written inside')")
+    assert (place.path / "result").read_text() == "written inside"
+    assert (place.path / "result").stat().st_uid == place.user.uid
+    assert (place.path / "result").stat().st_gid == place.user.gid
+    job.end()
+
+
+@needs_root
+def test_mounts_that_come_later_are_seen_inside(place: JobPlace):
+    """Automounted file systems, whether they lie beside the data or in them."""
+    outer = place.make("outer")
+    late, inside = place.make("outer", "late"), place.source / "sub"
+    share = " && ".join(f"mount --bind {path} {path} && mount --make-shared {path}" for path in (outer, place.source))
+    machine = place.machine(share)
+    job = machine.job()
+    assert job.command.ask(f"os.listdir('{late}')") == []
+    machine.do(f"mount -t tmpfs none {late} && touch {late}/appeared && chmod 755 {late}")
+    assert job.command.ask(f"os.listdir('{late}')") == ["appeared"]
+    machine.do(f"umount {late}")
+    assert job.command.ask(f"os.listdir('{late}')") == []
+    assert job.command.read(inside / "two") == b"2" * 2000
+    job.end()
+
+
+@needs_root
+def test_mounts_of_the_command_are_not_seen_outside(own_place: JobPlace):
+    place = own_place
+    outer = place.make("outer")
+    machine = place.machine(f"mount --bind {outer} {outer} && mount --make-shared {outer}")
+    job = machine.job()
+    job.command.ask(f"subprocess.run(['mount', '-t', 'tmpfs', 'none', '{outer}'], check=True).returncode")
+    job.command.ask(f"open('{outer}/inside', 'w').close()")
+    machine.do(f'test -z "$(ls {outer})"')
+    job.command.ask(f"subprocess.run(['umount', '{outer}'], check=True).returncode")
+    job.end()
