@@ -273,8 +273,9 @@ def _wait(pid: int, signals: _Signals, watched: Watched | None) -> int:
     poll.register(signals, select.POLLIN)
     if watched is not None:
         poll.register(watched.fd, select.POLLIN)
+    options = os.WNOHANG | (os.WUNTRACED if _has_terminal() else 0)
     while True:
-        ended, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+        ended, status = os.waitpid(pid, options)
         if ended and os.WIFSTOPPED(status):
             _stop_with(pid, signals)
             continue
@@ -288,6 +289,15 @@ def _wait(pid: int, signals: _Signals, watched: Watched | None) -> int:
             watched = None
 
 
+def _has_terminal() -> bool:
+    """Whether this session has a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
 def _pass_on(pid: int, signals: _Signals) -> None:
     for number in signals.sent_to_us_alone():
         with suppress(ProcessLookupError):
@@ -297,7 +307,9 @@ def _pass_on(pid: int, signals: _Signals) -> None:
 def _stop_with(pid: int, signals: _Signals) -> None:
     """The command has stopped: so do we, that our shell sees it, until SIGCONT, which is passed on like the others.
 
-    Not so if both were stopped and continued, and we hear of the stop only now: nobody would continue us again.
+    Only on a terminal, where somebody is who can continue us: a batch system that stops and continues the processes of
+    a job one by one, at whatever pace, must not leave us stopped for ever. Nor if both were stopped and continued, and
+    we hear of the stop only now: nobody would continue us again.
     """
     time.sleep(_ALL_HAVE_IT_SECONDS)
     _pass_on(pid, signals)

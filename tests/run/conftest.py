@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.commands.places import Place
 from tests.run.running import JobPlace, guarded
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, say, had it ignored: then so would run and its command
 
 
 @pytest.fixture
