@@ -26,6 +26,7 @@ from cachefs.demo.slow_source import SlowSource
 
 READERS = Path(__file__).parent / "readers"
 CLASSES = 20
+READ_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,11 @@ class Stage:
             *reader.arguments,
             *reader.shuffle,
         ]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        words = [str(word) for word in command]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=READ_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise BenchmarkError(f"{reader.script} at {directory} does not end within {READ_SECONDS:g} s") from None
         if done.returncode:
             raise BenchmarkError(f"{reader.script} failed at {directory}: {done.stderr.strip()[-2000:]}")
         return [json.loads(line) for line in done.stdout.splitlines()]

@@ -442,7 +442,7 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("toml", "says"),
         [
-            ("capacty = '1G'", "has an unknown key 'capacty': the keys are the long options"),
+            ("capacty = '1G'", "has an unknown key 'capacty': the keys are options in cachefs mount --help"),
             ("capacity = 'much'", "key capacity: 'much' is not a capacity: write a size"),
             ("capacity =", "is not TOML: Invalid value"),
         ],

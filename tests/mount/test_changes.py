@@ -190,6 +190,7 @@ def test_until_the_ttl_the_old_version_is_served(source, mounted, mountpoint):
     (source / "file").write_bytes(OLD)
     cache = mounted(source, at=mountpoint)
     assert (mountpoint / "file").read_bytes() == OLD
+    wait_until(lambda: counters(cache)["resident_files"] == 1, "the file is resident")
     replace(source / "file", NEW[:1000])
     assert (mountpoint / "file").read_bytes() == OLD
     assert opens(cache) == (1, 1, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,10 @@ def test_a_read_only_temporary_directory(place: JobPlace):
 
 
 @needs_root
+@pytest.mark.skipif(
+    any(folder in map(str, Path(sys.executable).parents) for folder in ("/tmp", "/var/tmp", "/dev/shm")),
+    reason="the interpreter itself is in a temporary directory",
+)
 def test_no_temporary_directory_at_all(place: JobPlace):
     """Where nothing can be written anywhere there is no scratch by default either."""
     setup = "".join(f"mount -t tmpfs -o ro none {folder} && " for folder in ("/var/tmp", "/dev/shm"))
