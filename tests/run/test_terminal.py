@@ -92,7 +92,7 @@ def test_a_key_reaches_the_command_once(place: JobPlace, key: bytes, name: str):
 
 
 def test_ctrl_c_ends_a_command_that_does_not_catch_it(own_place: JobPlace):
-    line = [*own_place.line(), "sh", "-c", "echo ready; cat; echo not here"]
+    line = [*own_place.line(), "sh", "-c", "echo ready; read line; echo not here"]
     with on_terminal(own_place, line) as (process, terminal):
         wait_until(lambda: terminal.shows(b"ready"), "the command runs")
         terminal.type(CTRL_C)
