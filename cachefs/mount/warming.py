@@ -7,7 +7,7 @@ away, the warming ends; what was fetched stays.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,10 +16,9 @@ import trio
 from cachefs.cache.prefetch import FAILED, FULL
 from cachefs.errors import describe
 from cachefs.fs.read_through import ReadThrough
+from cachefs.mount.control import Send
 
 PROGRESS_SECONDS = 0.2
-
-Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
 @dataclass
