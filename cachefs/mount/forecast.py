@@ -14,8 +14,9 @@ READERS = 4
 """Processes that read at the same time, as the loader of a training script does; all figures are for so many."""
 
 FETCH_SECONDS = 530e-6
-"""What the daemon spends on a file that it fetches (the first small_files benchmark, in the history: "daemon CPU a file, epoch 1",
-median, 2 cores). The daemon is one process, so that this does not shrink with more readers."""
+"""What the daemon spends on a file that it fetches (the first results of the benchmark small_files, in the history:
+"daemon CPU a file, epoch 1", median, 2 cores). The daemon is one process, so that this does not shrink with more
+readers."""
 
 HIT_SECONDS = 350e-6
 """What a file of 110 KB costs 4 readers through a warm mount, the page cache dropped before (the same file: the direct
