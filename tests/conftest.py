@@ -15,6 +15,15 @@ from tests.commands.places import Place, User, current_user, ordinary_user, proc
 from tests.harness import MountedCache, cachefs_mounts_below, detach, mounts_below, wait_until
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Detach what a test that was killed (its worker crashed, its time was up) could not: its daemons then end."""
+    factory = getattr(session.config, "_tmp_path_factory", None)
+    if factory is not None and not hasattr(session.config, "workerinput"):
+        for path in mounts_below(factory.getbasetemp()):
+            print(f"left mounted by a test that was killed: {path}")
+            detach(path)
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """An empty source directory."""

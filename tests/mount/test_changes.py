@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -137,7 +138,7 @@ def test_a_file_that_changes_while_it_is_fetched(source, mounted, mountpoint, sl
 
 
 def test_replaced_again_and_again(source, mounted, mountpoint):
-    """Semantics 7: 8 readers while a file is replaced 300 times: each has one whole version, or an error."""
+    """Semantics 7: 8 readers while a file is replaced again and again: each has one whole version, or an error."""
     path = source / "file"
 
     def version(number):
@@ -146,9 +147,9 @@ def test_replaced_again_and_again(source, mounted, mountpoint):
     path.write_bytes(version(0))
     mounted(source, *NOW, at=mountpoint)
     finished = False
+    seen = [0] * 8
 
-    def read_until_finished():
-        seen = 0
+    def read_until_finished(reader):
         while not finished:
             try:
                 data = (mountpoint / "file").read_bytes()
@@ -160,18 +161,22 @@ def test_replaced_again_and_again(source, mounted, mountpoint):
             number = (len(data) - 10_000) // 1000
             assert data == bytes([data[0]]) * len(data)
             assert data == version(number)
-            seen += 1
-        return seen
+            seen[reader] += 1
 
     with ThreadPoolExecutor(8) as pool:
-        readers = [pool.submit(read_until_finished) for _ in range(8)]
+        readers = [pool.submit(read_until_finished, reader) for reader in range(8)]
+        number = 0
+        give_up = time.monotonic() + 60
         try:
-            for number in range(1, 300):
-                replace(path, version(number))
+            while number < 300 or (min(seen) < 3 and time.monotonic() < give_up):
+                number += 1
+                replace(path, version(number % 300))
         finally:
             finished = True
-        assert all(reader.result() for reader in readers)
-    assert (mountpoint / "file").read_bytes() == version(299)
+        for reader in readers:
+            reader.result()
+    assert min(seen) >= 3
+    assert (mountpoint / "file").read_bytes() == version(number % 300)
 
 
 def test_a_map_keeps_its_version(source, mounted, mountpoint):
