@@ -32,6 +32,8 @@ class Metrics:
     wait_seconds: float = 0.0
     """Time that opens and reads have waited for the source, be it a fetch or a direct read; requests that wait at the
     same time count each."""
+    requests: int = 0
+    """Requests of the kernel that were answered. Those that need no answer (FORGET) are not counted."""
     bytes_served: int = 0
     """Bytes given to the kernel in answer to reads. What the kernel's page cache serves is not seen here."""
     started: float = field(default_factory=time.monotonic)

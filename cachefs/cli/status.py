@@ -45,6 +45,7 @@ _ROWS = (
     ("of these ahead", "prefetches", "{:,}".format),
     ("fetch errors", "fetch_errors", "{:,}".format),
     ("read from source", "source_bytes_read", format_size),
+    ("requests", "requests", "{:,}".format),
     ("served", "bytes_served", format_size),
     ("saved", "hit_bytes", format_size),
     ("waited", "wait_seconds", "{:,.1f} s".format),

@@ -14,7 +14,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import (
@@ -32,6 +32,7 @@ from pyfuse3 import (
 from cachefs.cache.files import Buffer
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.inodes import Node
+from cachefs.metrics import Metrics
 from cachefs.source.attributes import Attributes
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _handler(call: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+def _handler(
+    call: Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
     @functools.wraps(call)
-    async def handle(*arguments: P.args, **keywords: P.kwargs) -> T:
+    async def handle(self: Operations, /, *arguments: P.args, **keywords: P.kwargs) -> T:
+        self.metrics.requests += 1
         try:
-            return await call(*arguments, **keywords)
+            return await call(self, *arguments, **keywords)
         except OSError as error:
             raise FUSEError(error.errno or errno.EIO) from None
         except FUSEError:
@@ -67,8 +71,9 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, filesystem: FileSystem) -> None:
+    def __init__(self, filesystem: FileSystem, metrics: Metrics) -> None:
         super().__init__()
+        self.metrics = metrics
         self._fs = filesystem
         self._listings: dict[int, tuple[int, list[bytes]]] = {}
         self._next_listing = 1

@@ -22,7 +22,11 @@ from cachefs.mount.unmount import uncover_whole
 log = logging.getLogger(__name__)
 
 CONNECTIONS = Path("/sys/fs/fuse/connections")
+DEVICES = Path("/sys/class/bdi")
 _BACKGROUND_REQUESTS = 1000
+_READ_AHEAD_KIB = 256
+"""A request costs some 60 us and 20 us for each 128 KiB: 1 GiB of the page cache takes 0.52 s in requests of 128 KiB,
+0.40 s of 256 and 0.28 s of 512. But as much is read around each page fault of a map, from the source too."""
 
 
 class Session:
@@ -33,19 +37,23 @@ class Session:
         self._name = mount_name(settings.scratch, lease)
 
     def tune(self) -> None:
-        """Raise the kernel's limit of 12 read-ahead requests under way.
+        """Raise what the kernel asks for in advance: from 12 requests under way, and from 128 KiB in one.
 
         Requests that wait for a slow or hung source count, so with 12 of them even reads of resident files would
-        wait. Only the mount's owner may raise it, and only where fusectl is mounted, as systemd does.
+        wait. Only the mount's owner may raise that, and only where fusectl is mounted, as systemd does; the size only
+        root.
         """
         mount = find_mount(self._settings.mountpoint)
         if mount is None:
             return
-        try:
-            limit = CONNECTIONS / mount.device.partition(":")[2] / "max_background"
-            limit.write_text(str(_BACKGROUND_REQUESTS))
-        except OSError as error:
-            log.debug("read-ahead limit not raised error=%r", error.strerror)
+        for place, value in (
+            (CONNECTIONS / mount.device.partition(":")[2] / "max_background", _BACKGROUND_REQUESTS),
+            (DEVICES / mount.device / "read_ahead_kb", _READ_AHEAD_KIB),
+        ):
+            try:
+                place.write_text(str(value))
+            except OSError as error:
+                log.debug("not raised limit=%s error=%r", place.name, error.strerror)
 
     async def end_when_unmounted(self, end: Callable[[], None]) -> None:
         """Call `end` when the kernel has closed the connection.

@@ -215,6 +215,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
                 "prefetches": metrics.prefetches,
                 "fetch_errors": metrics.fetch_errors,
                 "source_bytes_read": metrics.source_bytes_read,
+                "requests": metrics.requests,
                 "bytes_served": metrics.bytes_served,
                 "wait_seconds": round(metrics.wait_seconds, 3),
                 **promotion.status(),
@@ -230,7 +231,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
         # from before mounting until after unmounting, a signal must not end the process: the mount would stay, dead
         ending = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
         signals = stack.enter_context(trio.open_signal_receiver(KEEPER_SIGNAL, *ending))
-        async with mounted_session(Operations(filesystem), settings, membership.record.id) as session:
+        async with mounted_session(Operations(filesystem, metrics), settings, membership.record.id) as session:
             session.tune()
             async with _cancelled_nursery() as session_nursery:
 

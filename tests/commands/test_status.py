@@ -24,6 +24,7 @@ NUMBERS = {
     "fetches",
     "fetch_errors",
     "source_bytes_read",
+    "requests",
     "bytes_served",
     "uptime_seconds",
 }
