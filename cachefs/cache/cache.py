@@ -64,6 +64,7 @@ class Cache:
         if fd is not None:
             self._metrics.hits += 1
             self._metrics.hit_bytes += size_of(version)
+            self._scratch_reader.expect(fd, size_of(version))
             return self._file(name, path, version, fd=fd)
         with self._metrics.waiting():
             return await self._open_missing(name, path, version)
