@@ -98,6 +98,7 @@ def circumstances(result: Result) -> str:
         "latency_ms": lambda value: f"{value:g} ms",
         "bandwidth_mb_s": lambda value: f"{value:,.0f} MB/s",
         "files": lambda value: f"{value:,.0f} files",
+        "file_bytes": lambda value: f"{value:,.0f} bytes each",
     }
     return ", ".join(forms[name](value) for name, value in result.circumstances.items())
 

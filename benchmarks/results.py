@@ -17,7 +17,8 @@ from typing import Any
 RATIO = "ratio"
 
 Circumstances = dict[str, float]
-"""What a value depends on besides contender and case: `processes`, `latency_ms`, `bandwidth_mb_s`, `files`."""
+"""What a value depends on besides contender and case: `processes`, `latency_ms`, `bandwidth_mb_s`, `files`,
+`file_bytes`."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ WORKLOADS = (
     "shards",
     "training",
     "metadata",
+    "fetching",
     "growth",
 )
 """In the order in which they are run."""

@@ -100,9 +100,7 @@ class CapacityKeeper:
 
     def _try(self, size: int) -> bool:
         available, total = self._storage.space()
-        if available - self._ledger.reserved() - size < RESERVED_SHARE * total:
-            return False
-        return self._ledger.reserve(size, self.size)
+        return self._ledger.reserve(size, self.size, available - RESERVED_SHARE * total)
 
     async def _evict(self, size: int, ahead: bool) -> bool:
         """Evict up to `size` bytes, or whatever can be. False if nothing could be."""

@@ -12,6 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import fcntl
+import math
 import mmap
 import os
 import struct
@@ -25,6 +26,7 @@ _MAGIC = b"cfsledg1"
 _SLOTS_AT = 64
 _SLOT = struct.Struct("<16sq")  # lease id, reserved bytes
 _SLOTS = 64
+_RESERVED = struct.Struct("<" + "16xq" * _SLOTS)  # of all slots
 _BYTES = _SLOTS_AT + _SLOTS * _SLOT.size
 
 
@@ -103,13 +105,14 @@ class Ledger:
 
     def reserved(self) -> int:
         """Bytes reserved by all mounts."""
-        return sum(reserved for _, reserved in self._slots())
+        return sum(_RESERVED.unpack_from(self._map, _SLOTS_AT))
 
-    def reserve(self, size: int, capacity: int) -> bool:
-        """Reserve `size` bytes if everything together stays within `capacity`."""
+    def reserve(self, size: int, capacity: int, room: float = math.inf) -> bool:
+        """Reserve `size` bytes if everything together stays within `capacity`, and what is reserved within `room`."""
         with self._locked():
             stored, _ = self.stored()
-            if stored + self.reserved() + size > capacity:
+            reserved = self.reserved() + size
+            if stored + reserved > capacity or reserved > room:
                 return False
             self._add_reserved(size)
         return True

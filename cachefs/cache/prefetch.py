@@ -36,6 +36,8 @@ _BATCH_SECONDS = 0.015
 _BATCH_FILES = 8
 """Small files go to a worker together (design.md section 6: a file alone costs the daemon some 500 us, 8 together 60 us
 each), but not so many that whoever opens the last of them waits noticeably."""
+_BEST_FADES = 1.02
+"""A batch. How many files make one follows from the best time of late: others' is mostly that of waiting for a turn."""
 _FILE_WORTH_BYTES = 64 * 1024
 """A file more counts as much as this many bytes more, for throughput over files of different sizes."""
 
@@ -67,7 +69,7 @@ class Pace:
     def note(self, files: int, size: int, seconds: float) -> None:
         """So many files, of `size` bytes together, came in `seconds`; adapt when a window is over."""
         each = seconds / files
-        self._file_seconds = 0.8 * self._file_seconds + 0.2 * each if self._file_seconds else each
+        self._file_seconds = min(each, self._file_seconds * _BEST_FADES) if self._file_seconds else each
         self._done += size + files * _FILE_WORTH_BYTES
         now = time.monotonic()
         if now - self._window_began >= _WINDOW_SECONDS:
@@ -112,13 +114,22 @@ class Prefetch:
         `on_done` is called with the path, the size and what became of each file.
         """
         await self._residency.loaded.wait()
+        gathering = trio.Lock()  # one after another: else each would take a file and wait with it for its turn
         async with trio.open_nursery() as nursery:
 
             async def work() -> None:
-                async for first in files:
-                    async with self._pace.limiter:
+                while True:
+                    async with gathering:
+                        try:
+                            first = await files.receive()
+                        except trio.EndOfChannel:
+                            return
+                        await self._pace.limiter.acquire()
                         batch = [first, *self._more(files)]
+                    try:
                         outcomes = await self._fetch(batch)
+                    finally:
+                        self._pace.limiter.release()
                     if on_done is not None:
                         for (path, attributes), outcome in zip(batch, outcomes, strict=True):
                             on_done(path, size_of(attributes), outcome)
@@ -153,7 +164,7 @@ class Prefetch:
             if fetch is None and not await self._reserve(size_of(version)):
                 outcomes[number:] = [FULL] * (len(batch) - number)
                 break
-            if fetch is None and (self._fetches.get(name) is not None or self._is_resident(name)):
+            if fetch is None and (self._fetches.get(name) is not None or self._residency.get(name) is not None):
                 self._capacity.release(size_of(version))  # somebody came while we reserved
                 fetch = self._fetches.get(name)
             elif fetch is None and size_of(version) <= SMALL_FILE_BYTES:

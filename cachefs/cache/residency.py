@@ -169,7 +169,7 @@ class Residency:
     async def _flush(self) -> bool:
         """Whether everything could be written."""
         is_complete = not self._has_dropped
-        added, self._added = list(self._added.values()), {}
+        added, self._added = list(self._added.values())[::-1], {}
         used, self._used = [(at, name) for name, at in self._used.items()], {}
         forgotten, self._forgotten = list(self._forgotten), {}
         while added or used or forgotten:
@@ -177,8 +177,10 @@ class Residency:
             rows: list[FileRow] = []
             uses: list[tuple[int, bytes]] = []
             if not forgotten:  # what is forgotten goes first: a file may have come back since
-                while added and len(rows) < _ROWS_A_JOB and sum(len(row[4]) + 100 for row in rows) < _BYTES_A_JOB:
-                    rows.append(added.pop(0))
+                taken = 0
+                while added and len(rows) < _ROWS_A_JOB and taken < _BYTES_A_JOB:
+                    rows.append(added.pop())
+                    taken += len(rows[-1][4]) + 100
                 if not added:
                     uses, used = used[:_ROWS_A_JOB], used[_ROWS_A_JOB:]
             try:
