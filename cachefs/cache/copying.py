@@ -7,10 +7,10 @@ Invariants:
 - A chunk is read by a second thread while the one before it is checked, written and summed: the source never waits
   for scratch. For one small file a thread costs more than it gives; such a file is one chunk.
 
-The kernel's own copy is not used. Every copy needs its checksum, and that costs 2 us of a file of 110 KB, while it is in
-memory; a kernel's copy would have to be read again. From the page cache to tmpfs, us a file (`python -m benchmarks run
-fetching`, medians): read, sum, write 78; sendfile without a sum 60; copy_file_range 114, with a sum 99. For 4 KB: 15.3;
-14.0; 13.9; 16.3. So at its best the kernel would win 23% of a copy that is never checked, and 9% for small files.
+The kernel's own copy is not used. Every copy needs its checksum, and that costs 2 us of a file of 110 KB while it is in
+memory; a kernel's copy would have to be read again. From the page cache to tmpfs, us a file (medians of `python -m
+benchmarks run fetching`): read, sum, write 78; sendfile without a sum 60; copy_file_range 114, with a sum 99. For 4 KB:
+15.3; 14.0; 13.9; 16.3. So at its best the kernel would win 23% of a copy that is never checked, and 9% of a small one.
 """
 
 from __future__ import annotations
