@@ -25,6 +25,7 @@ import psutil
 
 from cachefs.mount.mountinfo import find_mount, read_mounts
 
+ROOT = Path(__file__).parents[1]
 START_SECONDS = 60.0
 END_SECONDS = 20.0
 SETTLE_SECONDS = 60.0
@@ -83,21 +84,26 @@ class Contender:
     kind: str = ""
 
 
-def cachefs(*arguments: object) -> str:
-    """Run the command line, without settings from the environment; what it prints. BenchmarkError if it fails."""
+def cachefs(*arguments: object, variant: str = "") -> str:
+    """Run the command line, without settings from the environment; what it prints. BenchmarkError if it fails.
+
+    `variant` is one of `benchmarks.variants`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CACHEFS_")}
-    command = [sys.executable, "-m", "cachefs", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    program = ["benchmarks.variants", variant] if variant else ["cachefs"]
+    command = [sys.executable, "-m", *program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
     if done.returncode:
         raise BenchmarkError(f"{' '.join(command[2:])} failed: {done.stderr.strip()}")
     return done.stdout
 
 
 @contextmanager
-def mounted(source: Path, mountpoint: Path, scratch: Path, *options: str, purge: bool = True) -> Iterator[Running]:
+def mounted(
+    source: Path, mountpoint: Path, scratch: Path, *options: str, purge: bool = True, variant: str = ""
+) -> Iterator[Running]:
     """A mount of `source`; with `purge` scratch ends with it."""
     mountpoint.mkdir(exist_ok=True)
-    cachefs("mount", source, mountpoint, "--scratch", scratch, *options)
+    cachefs("mount", source, mountpoint, "--scratch", scratch, *options, variant=variant)
     try:
 
         def status() -> dict[str, Any]:

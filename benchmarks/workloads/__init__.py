@@ -10,6 +10,7 @@ WORKLOADS = (
     "shards",
     "training",
     "metadata",
+    "requests",
     "fetching",
     "growth",
 )
