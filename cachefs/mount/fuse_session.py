@@ -36,25 +36,6 @@ class Session:
         self._settings = settings
         self._name = mount_name(settings.scratch, lease)
 
-    def tune(self) -> None:
-        """Raise what the kernel asks for in advance: from 12 requests under way, and from 128 KiB in one.
-
-        Requests that wait for a slow or hung source count, so with 12 of them even reads of resident files would
-        wait. Only the mount's owner may raise that, and only where fusectl is mounted, as systemd does; the size only
-        root.
-        """
-        mount = find_mount(self._settings.mountpoint)
-        if mount is None:
-            return
-        for place, value in (
-            (CONNECTIONS / mount.device.partition(":")[2] / "max_background", _BACKGROUND_REQUESTS),
-            (DEVICES / mount.device / "read_ahead_kb", _READ_AHEAD_KIB),
-        ):
-            try:
-                place.write_text(str(value))
-            except OSError as error:
-                log.debug("not raised limit=%s error=%r", place.name, error.strerror)
-
     async def end_when_unmounted(self, end: Callable[[], None]) -> None:
         """Call `end` when the kernel has closed the connection.
 
@@ -66,12 +47,13 @@ class Session:
         end()
 
     async def announce(self, on_ready: Callable[[], None]) -> None:
-        """Call `on_ready` when the mount answers."""
+        """Call `on_ready` when the mount answers, as well as it can."""
         try:
             # abandoned, because it waits for this process, which may be told to end meanwhile
             await trio.to_thread.run_sync(os.stat, self._settings.mountpoint, abandon_on_cancel=True)
         except OSError as error:
             raise CachefsError(f"the source {self._settings.source} does not answer: {describe(error)}") from None
+        self._tune()
         on_ready()
 
     def unmount(self) -> None:
@@ -85,6 +67,25 @@ class Session:
         pyfuse3.close(unmount=True)
         while (left := find_mount(place)) is not None and left.name == self._name and os.geteuid() == 0:
             umount(place, detach=True)  # the mount was promoted while it was unmounted
+
+    def _tune(self) -> None:
+        """Raise what the kernel asks for in advance: from 12 requests under way, and from 128 KiB in one.
+
+        Requests that wait for a slow or hung source count, so with 12 of them even reads of resident files would
+        wait. Only the mount's owner may raise that, and only where fusectl is mounted, as systemd does; the size only
+        root, and only when the kernel and libfuse have agreed on the connection: that sets it to 128 KiB.
+        """
+        mount = find_mount(self._settings.mountpoint)
+        if mount is None:
+            return
+        for place, value in (
+            (CONNECTIONS / mount.device.partition(":")[2] / "max_background", _BACKGROUND_REQUESTS),
+            (DEVICES / mount.device / "read_ahead_kb", _READ_AHEAD_KIB),
+        ):
+            try:
+                place.write_text(str(value))
+            except OSError as error:
+                log.debug("not raised limit=%s error=%r", place.name, error.strerror)
 
 
 @asynccontextmanager

@@ -231,23 +231,24 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
         # from before mounting until after unmounting, a signal must not end the process: the mount would stay, dead
         ending = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
         signals = stack.enter_context(trio.open_signal_receiver(KEEPER_SIGNAL, *ending))
-        async with mounted_session(Operations(filesystem, metrics), settings, membership.record.id) as session:
-            session.tune()
-            async with _cancelled_nursery() as session_nursery:
+        async with (
+            mounted_session(Operations(filesystem, metrics), settings, membership.record.id) as session,
+            _cancelled_nursery() as session_nursery,
+        ):
 
-                def ready() -> None:
-                    on_ready()
-                    if keep_informed is not None:
-                        session_nursery.start_soon(keep_informed, lambda: status({}))
+            def ready() -> None:
+                on_ready()
+                if keep_informed is not None:
+                    session_nursery.start_soon(keep_informed, lambda: status({}))
 
-                # requests that wait for a hung source would keep pyfuse3's loop from ending: cancelling ends them
-                end = session_nursery.cancel_scope.cancel
-                session_nursery.start_soon(_end_on_signal, signals, end)
-                session_nursery.start_soon(_end_with_fork_server, grounds.fork_server, end)
-                session_nursery.start_soon(session.end_when_unmounted, end)
-                session_nursery.start_soon(session.announce, ready)
-                session_nursery.start_soon(promotion.run, membership.abandoned_trees)
-                await pyfuse3.main(min_tasks=_MIN_IDLE_TASKS, max_tasks=_MAX_TASKS)
+            # requests that wait for a hung source would keep pyfuse3's loop from ending: cancelling ends them
+            end = session_nursery.cancel_scope.cancel
+            session_nursery.start_soon(_end_on_signal, signals, end)
+            session_nursery.start_soon(_end_with_fork_server, grounds.fork_server, end)
+            session_nursery.start_soon(session.end_when_unmounted, end)
+            session_nursery.start_soon(session.announce, ready)
+            session_nursery.start_soon(promotion.run, membership.abandoned_trees)
+            await pyfuse3.main(min_tasks=_MIN_IDLE_TASKS, max_tasks=_MAX_TASKS)
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ import resource
 
 import pytest
 
+from tests.conftest import needs_root
 from tests.harness import wait_until
 from tests.mount.observing import counters, digest, errno_of, opens
 
@@ -178,3 +179,21 @@ def test_sparse_and_huge_files(source, mounted, mountpoint, gigabytes):
     (copy,) = cache.resident_data_files()
     assert copy.stat().st_size == size
     assert copy.stat().st_blocks * 512 < 20 << 20
+
+
+@needs_root
+def test_a_sequential_reader_asks_for_256_kib_at_once(source, mounted, mountpoint):
+    """Half as many requests as with the kernel's own 128 KiB."""
+    size = 8 << 20
+    (source / "large").write_bytes(random.Random(3).randbytes(size))
+    cache = mounted(source, at=mountpoint)
+    (mountpoint / "large").read_bytes()
+    wait_until(lambda: cache.count("fetches") == 1, "the file is resident")
+    fd = os.open(mountpoint / "large", os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        before = cache.count("requests")
+        assert len(pread_all(fd, size, 0)) == size
+        assert size / (256 << 10) <= cache.count("requests") - before < 1.5 * size / (256 << 10)
+    finally:
+        os.close(fd)
