@@ -59,8 +59,10 @@ def figures(runs: list[Run], folder: str) -> str:
         "Medians of the ratios within each repetition (least to greatest); what misses its goal has a ✗.",
         *("", *markdown(RATIOS, rows)),
     ]
-    if skipped := sorted({f"{title(name)}: {reason}" for run in runs for name, reason in run.skipped.items()}):
-        lines += ["", "Not measured: " + "; ".join(skipped) + "."]
+    measured = {result.contender for run in runs for result in run.results}
+    skipped = {title(name): why for run in runs for name, why in run.skipped.items() if name not in measured}
+    if skipped:
+        lines += ["", "Not measured: " + "; ".join(f"{name}: {why}" for name, why in sorted(skipped.items())) + "."]
     return "\n".join(lines)
 
 
