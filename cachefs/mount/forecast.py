@@ -15,8 +15,8 @@ READERS = 4
 
 FETCH_SECONDS = 515e-6
 """What the daemon spends on a file that is fetched because somebody waits (benchmarks/results/small_files.json: "daemon
-CPU" of the first epoch, 4 processes, 0.2 ms, prefetch off, median, 2 cores). The daemon is one process, so that this does
-not shrink with more readers."""
+CPU" of the first epoch, 4 processes, 0.2 ms, prefetch off, median, 2 cores). The daemon is one process, so that this
+does not shrink with more readers."""
 
 HIT_SECONDS = 272e-6
 """What a file of 110 KB costs 4 readers through a warm mount that promotes nothing, the page cache dropped before (the
