@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,12 @@ import pytest
 from cachefs.demo.slow_source import SlowSource
 from tests.commands.places import Place, User, current_user, ordinary_user, processes_of
 from tests.harness import MountedCache, cachefs_mounts_below, detach, mounts_below, wait_until
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs in its background with SIGINT ignored, and all that the tests start would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
