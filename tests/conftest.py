@@ -17,7 +17,7 @@ from tests.harness import MountedCache, cachefs_mounts_below, detach, mounts_bel
 
 
 def pytest_configure() -> None:
-    """A shell starts what runs in its background with SIGINT ignored, and all that the tests start would inherit that."""
+    """A shell starts a background job with SIGINT ignored, and all that the tests start would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
