@@ -17,9 +17,10 @@ from tests.harness import MountedCache, cachefs_mounts_below, detach, mounts_bel
 
 
 def pytest_configure() -> None:
-    """A shell starts a background job with SIGINT ignored, and all that the tests start would inherit that."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell starts a background job with these signals ignored, and all that the tests start would inherit that."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
