@@ -21,7 +21,7 @@ from cachefs.errors import CachefsError
 from cachefs.mount.notify import ServiceManager
 from cachefs.mount.purge import purge
 from cachefs.mount.serve import KEEPER_SIGNAL, lay_grounds, open_source, serve
-from cachefs.workers.fork_server import close_all_but, end_with_parent
+from cachefs.workers.fork_server import detach, end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +93,8 @@ def _run_daemon(settings: Settings, pipe: int) -> None:
     status = 1
     try:
         ignore(JOB_SIGNALS)
-        os.setsid()
-        os.chdir("/")
+        detach({pipe})
         os.umask(0o077)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        close_all_but({pipe})
         said = False
 
         def on_ready() -> None:

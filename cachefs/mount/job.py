@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from cachefs.errors import CachefsError, describe
-from cachefs.workers.fork_server import close_all_but, end_with_parent
+from cachefs.workers.fork_server import drop_descriptors, end_with_parent
 
 FORWARDED = (
     signal.SIGTERM,
@@ -189,10 +189,7 @@ class _Signals:
             try:
                 signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
                 end_with_parent(parent, signal.SIGKILL)
-                close_all_but({question, answer})
-                null = os.open(os.devnull, os.O_RDWR)
-                for fd in (0, 1, 2):
-                    os.dup2(null, fd)
+                drop_descriptors({question, answer})
                 while os.read(question, 1):
                     os.write(answer, bytes([0, *_take_pending(self._caught)]))
             finally:

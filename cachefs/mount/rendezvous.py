@@ -30,7 +30,7 @@ from typing import Any
 from cachefs.config import Settings
 from cachefs.errors import CachefsError
 from cachefs.mount.namespaces import namespaces_of_this_process
-from cachefs.workers.fork_server import close_all_but
+from cachefs.workers.fork_server import detach
 
 PACKET_BYTES = 200_000
 READY_SECONDS = 90.0
@@ -140,13 +140,8 @@ def fork_keeper(listener: socket.socket, settings: Sequence[Settings], *, keep: 
     """
     if os.fork() == 0:
         try:
-            os.setsid()
-            os.chdir("/")
+            detach({listener.fileno()})
             os.umask(0o077)
-            null = os.open(os.devnull, os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
-            close_all_but({listener.fileno()})
             from cachefs.mount.keeper import Keeper
 
             Keeper(listener, settings, keep=keep).run()

@@ -71,12 +71,7 @@ def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are reaped by the kernel
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    close_all_but(keep)
-    os.chdir("/")
+    detach(keep)
     gc.collect()
     gc.freeze()
     server = os.getpid()
@@ -114,8 +109,19 @@ def end_with_parent(parent: int, number: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def close_all_but(keep: set[int]) -> None:
-    """Close every descriptor but the standard streams and those to `keep`."""
+def detach(keep: set[int]) -> None:
+    """Make this process one of the background: a session of its own, in the root directory, with no other descriptors
+    than those to `keep`."""
+    os.setsid()
+    os.chdir("/")
+    drop_descriptors(keep)
+
+
+def drop_descriptors(keep: set[int]) -> None:
+    """Connect the standard streams to the null device, and close every other descriptor but those to `keep`."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
     for fd in sorted(int(name) for name in os.listdir("/proc/self/fd")):
         if fd > 2 and fd not in keep:
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import shlex
 import signal
 import stat
 import subprocess
@@ -31,6 +32,11 @@ class User:
         """What makes subprocess run as this user."""
         return {} if self.uid == os.geteuid() else {"user": self.uid, "group": self.gid, "extra_groups": []}
 
+    @property
+    def become(self) -> list[str]:
+        """What root puts before a command so that it runs as this user."""
+        return ["setpriv", f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups", "--"]
+
 
 def current_user() -> User:
     entry = pwd.getpwuid(os.geteuid())
@@ -52,6 +58,10 @@ def ordinary_user() -> User | None:
     return None if done.returncode else user
 
 
+PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private", "sh", "-c")
+"""Before a script of a shell: what it mounts and unmounts is seen by what it starts alone."""
+
+
 @dataclass
 class Place:
     """Directories of one test, owned by its user. `scratch` does not exist yet; `source` has files."""
@@ -71,6 +81,31 @@ class Place:
     @property
     def scratch(self) -> Path:
         return self.path / "scratch"
+
+    def on_own_mounts(self, setup: str) -> list[str]:
+        """What root puts before a command that runs as the user, on mounts of its own, on which root's shell has done
+        `setup` first."""
+        script = f'{setup} || exit 99; exec {" ".join(self.user.become)} "$@"'
+        return [*PRIVATE_MOUNTS, script, "sh"]
+
+    def run_with_namespaces_limited(
+        self, *command: object, limit: int = 0, unshare: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command as the user in a user namespace of root's, in which not more than `limit` can be made."""
+        line = shlex.join([*self.user.become, *map(str, command)])
+        script = f"echo {limit} > /proc/sys/user/max_user_namespaces && exec {line}"
+        process = subprocess.Popen(
+            ["unshare", "--user", *unshare, "sh", "-c", 'read _ && exec sh -c "$1"', "sh", script],
+            cwd=self.path, env=self.environ(), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        # root there is powerless until it executes something with its ids mapped
+        proc = Path("/proc", str(process.pid))
+        wait_until(lambda: os.readlink(proc / "ns/user") != os.readlink("/proc/self/ns/user"), "it has its namespace")
+        for name in "uid_map", "gid_map":
+            (proc / name).write_text("0 0 65536")
+        said, errors = process.communicate("go\n", timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, said, errors)
 
     def make(self, *names: str, mode: int = 0o755) -> Path:
         """A directory of the user."""

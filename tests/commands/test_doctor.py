@@ -354,26 +354,7 @@ def test_fusermount3_instead_of_user_namespaces(ordinary_place: Place):
     foreign.mkdir()
 
     def run(source: Path) -> Report:
-        become = f"setpriv --reuid={place.user.uid} --regid={place.user.gid} --clear-groups"
-        doctor = shlex.join([*CACHEFS, "doctor", str(source), "--scratch", str(place.scratch)])
-        script = f"echo 0 > /proc/sys/user/max_user_namespaces && exec {become} {doctor}"
-        process = subprocess.Popen(
-            ["unshare", "--user", "sh", "-c", 'read _ && exec sh -c "$1"', "sh", script],
-            cwd=place.path,
-            env=place.environ(),
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        proc = Path(
-            "/proc", str(process.pid)
-        )  # root there is powerless until it executes something with its ids mapped
-        wait_until(lambda: os.readlink(proc / "ns/user") != os.readlink("/proc/self/ns/user"), "it has its namespace")
-        for name in "uid_map", "gid_map":
-            (proc / name).write_text("0 0 65536")
-        said, errors = process.communicate("go\n", timeout=60)
-        return Report(subprocess.CompletedProcess(process.args, process.returncode, said, errors))
+        return Report(place.run_with_namespaces_limited(*CACHEFS, "doctor", source, "--scratch", place.scratch))
 
     report = run(place.source)
     assert_can_cache(report)

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.commands.places import Place, User, is_ours
+from tests.commands.places import PRIVATE_MOUNTS, Place, is_ours
 from tests.conftest import needs_root
 from tests.harness import CACHEFS
 
@@ -19,21 +19,8 @@ HIDE_FUSERMOUNT = f"mount --bind /dev/null {shutil.which('fusermount3')}"
 
 def run_on_machine(place: Place, setup: str, *arguments: object, then: str = "true"):
     """Run a command as the place's user where the shell script `setup` was run by root; `then` is run after it."""
-    user: User = place.user
-    become = f"setpriv --reuid={user.uid} --regid={user.gid} --clear-groups --"
-    script = f'{setup} || exit 99; {become} "$@"; status=$?; {then}; exit $status'
-    command = [
-        "unshare",
-        "--mount",
-        "--propagation",
-        "private",
-        "sh",
-        "-c",
-        script,
-        "sh",
-        *CACHEFS,
-        *map(str, arguments),
-    ]
+    script = f'{setup} || exit 99; {" ".join(place.user.become)} "$@"; status=$?; {then}; exit $status'
+    command = [*PRIVATE_MOUNTS, script, "sh", *CACHEFS, *map(str, arguments)]
     return subprocess.run(
         command, cwd=place.path, env=place.environ(), capture_output=True, text=True, check=False, timeout=60
     )

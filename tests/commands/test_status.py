@@ -38,9 +38,7 @@ UNMOUNT_ALL = (
 
 def without_other_mounts(place: Place, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command as if nobody on this machine had a mount; needs root."""
-    become = f"setpriv --reuid={place.user.uid} --regid={place.user.gid} --clear-groups --"
-    script = f'{UNMOUNT_ALL}; exec {become} "$@"'
-    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *CACHEFS, *arguments]
+    command = [*place.on_own_mounts(UNMOUNT_ALL), *CACHEFS, *arguments]
     return subprocess.run(command, cwd="/", env=place.environ(), capture_output=True, text=True, check=False)
 
 

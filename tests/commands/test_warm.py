@@ -6,6 +6,8 @@ import os
 import pty
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -89,13 +91,21 @@ def test_what_cannot_be_fetched_is_said(many: Place):
     many.run("umount", many.source)
 
 
-def test_interrupted_and_gone_on_with(own_place: Place):
-    place = own_place
+@contextmanager
+def mounted_slow(place: Place, latency: float) -> Iterator[SlowSource]:
+    """FILES files more on a slow source, mounted with nothing resident."""
     for number in range(FILES):
         place.write(place.source / f"{number}", "x" * 1000)
     place.make("remote")
-    with SlowSource(place.source, place.path / "remote", latency=0.1) as slow:
+    with SlowSource(place.source, place.path / "remote", latency=latency) as slow:
         place.do("mount", slow.path, place.mountpoint, "--scratch", place.scratch, "--prefetch", "off")
+        yield slow
+        place.do("umount", place.mountpoint)
+
+
+def test_interrupted_and_gone_on_with(own_place: Place):
+    place = own_place
+    with mounted_slow(place, 0.1) as slow:
         process = place.start("warm", place.mountpoint, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         wait_until(lambda: place.status(place.mountpoint)["resident_files"], "something has come")
         process.send_signal(signal.SIGINT)
@@ -105,19 +115,12 @@ def test_interrupted_and_gone_on_with(own_place: Place):
         slow.set(latency=0)
         place.do("warm", place.mountpoint)
         assert place.status(place.mountpoint)["fetches"] == FILES + 2
-        place.do("umount", place.mountpoint)
 
 
 def test_a_bar_on_a_terminal(own_place: Place):
-    many = own_place
-    for number in range(FILES):
-        many.write(many.source / f"{number}", "x" * 1000)
-    many.make("remote")
-    with SlowSource(many.source, many.path / "remote", latency=0.02) as slow:
-        many.do("mount", slow.path, many.mountpoint, "--scratch", many.scratch, "--prefetch", "off")
-        shown, printed = on_a_terminal(many, "warm", many.mountpoint)
-        many.do("umount", many.mountpoint)
-    assert printed.startswith(f"{many.mountpoint}: {FILES + 2} files resident")
+    with mounted_slow(own_place, 0.02):
+        shown, printed = on_a_terminal(own_place, "warm", own_place.mountpoint)
+    assert printed.startswith(f"{own_place.mountpoint}: {FILES + 2} files resident")
     assert f"of {FILES + 2} files".encode() in shown
 
 

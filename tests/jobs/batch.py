@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,12 +100,23 @@ def job_user() -> Iterator[User]:
     try:
         entry = pwd.getpwnam(_TEMPORARY_USER)
         user = User(entry.pw_name, entry.pw_uid, entry.pw_gid)
-        command = ["setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups"]
-        if subprocess.run([*command, PYTHON, "-c", "import cachefs"], cwd="/", check=False).returncode:
+        if subprocess.run([*user.become, PYTHON, "-c", "import cachefs"], cwd="/", check=False).returncode:
             pytest.skip(f"no ordinary user can run {PYTHON}")
         yield user
     finally:
         subprocess.run(["userdel", "--remove", _TEMPORARY_USER], check=False, capture_output=True)
+
+
+@contextmanager
+def lab_folder(prefix: str) -> Iterator[tuple[Path, User]]:
+    """A directory for a lab, in which everybody may go about, and the user of its jobs. In the end nothing is left."""
+    with job_user() as user:
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        try:
+            folder.chmod(0o755)
+            yield folder, user
+        finally:
+            clear_away(folder)
 
 
 def changed(script: str, **lines: str) -> str:
@@ -134,6 +146,36 @@ def wait_for_nothing(left: Callable[[], list[object]]) -> list[object]:
     except AssertionError:
         return left()
     return []
+
+
+def clear_what_is_left(left: Callable[[], list[object]]) -> list[object]:
+    """The same, and what is left of files is removed, so that the next test does not find it."""
+    found = wait_for_nothing(left)
+    for path in (path for path in found if isinstance(path, Path)):
+        shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
+def call(command: object, *arguments: object, env: dict[str, str], cwd: Path, user: User | None = None) -> str:
+    """Run a command of a batch system, as root or as `user`; what it printed."""
+    done = subprocess.run(
+        [command, *map(str, arguments)],
+        env=env,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        **(user.identity if user else {}),
+    )
+    assert done.returncode == 0, f"{command} {arguments}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def node_settings(sources: Path, scratch: Path, state: Path) -> str:
+    """What an administrator gives sge/node-mounts."""
+    return f"SOURCES={sources}\nSCRATCH={scratch}\nSTATE={state}\nCACHEFS={COMMAND}\n"
 
 
 def daemon_of(scratch: Path) -> psutil.Process:

@@ -14,7 +14,7 @@ import psutil
 
 from tests.commands.places import User
 from tests.harness import wait_until
-from tests.jobs.batch import OWN_MOUNTS, PATH, Report, clear_away, end_processes, free_ports
+from tests.jobs.batch import OWN_MOUNTS, PATH, Report, call, clear_away, end_processes, free_ports
 
 BINARIES = Path("/usr/lib/gridengine")
 _START = Path(__file__).with_name("sge-up.sh")
@@ -118,18 +118,7 @@ class GridEngine:
 
     def run(self, command: str, *arguments: object, user: User | None = None, cwd: Path | None = None) -> str:
         """One of Grid Engine's commands, as root or as `user`; what it printed."""
-        done = subprocess.run(
-            [BINARIES / command, *map(str, arguments)],
-            env=self._environment,
-            cwd=cwd or self.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-            **(user.identity if user else {}),
-        )
-        assert done.returncode == 0, f"{command} {arguments}: {done.stdout}{done.stderr}"
-        return done.stdout
+        return call(BINARIES / command, *arguments, env=self._environment, cwd=cwd or self.folder, user=user)
 
     def add_complex(self, line: str) -> None:
         """A resource that jobs can request, as a line of complex(5)."""

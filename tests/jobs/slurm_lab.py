@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import psutil
 
 from tests.commands.places import User
 from tests.harness import wait_until
-from tests.jobs.batch import OWN_MOUNTS, PATH, Report, clear_away, end_processes, free_ports
+from tests.jobs.batch import OWN_MOUNTS, PATH, Report, call, clear_away, end_processes, free_ports
 
 _DAEMONS = ("/usr/sbin/munged", "/usr/sbin/slurmctld", "/usr/sbin/slurmd")
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
@@ -146,14 +145,14 @@ class Slurm:
         (munge / "key").chmod(0o600)
         files = {"key-file": "key", "socket": "socket", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={munge / name}" for option, name in files.items()]
-        self._call("/usr/sbin/munged", "--force", f"--pid-file={self.folder / 'munged.pid'}", *options)
-        self._call("/usr/sbin/slurmctld")
-        self._call(OWN_MOUNTS[0], *OWN_MOUNTS[1:], "/usr/sbin/slurmd")
+        self.run("/usr/sbin/munged", "--force", f"--pid-file={self.folder / 'munged.pid'}", *options)
+        self.run("/usr/sbin/slurmctld")
+        self.run(OWN_MOUNTS[0], *OWN_MOUNTS[1:], "/usr/sbin/slurmd")
         wait_until(lambda: self.node_state() == "idle", "the node is ready")
 
     def run(self, command: str, *arguments: object, user: User | None = None, cwd: Path | None = None) -> str:
         """One of Slurm's commands, as root or as `user`; what it printed."""
-        return self._call(command, *arguments, cwd=cwd, identity=user.identity if user else {})
+        return call(command, *arguments, env=self._environment, cwd=cwd or self.folder, user=user)
 
     def node_state(self) -> str:
         """As sinfo has it: "drain" after a prolog or an epilog that failed."""
@@ -191,20 +190,3 @@ class Slurm:
         pids = [path.read_text().strip() for path in self.folder.glob("*.pid")]
         end_processes([psutil.Process(int(pid)) for pid in pids if pid and psutil.pid_exists(int(pid))])
         clear_away(self.folder)
-
-    def _call(
-        self, command: str, *arguments: object, cwd: Path | None = None, identity: dict[str, object] | None = None
-    ) -> str:
-        done = subprocess.run(
-            [command, *map(str, arguments)],
-            env=self._environment,
-            cwd=cwd or self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-            **(identity or {}),
-        )
-        assert done.returncode == 0, f"{command} {arguments}: {done.stdout}{done.stderr}"
-        return done.stdout

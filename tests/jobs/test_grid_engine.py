@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +11,20 @@ import pytest
 
 from tests.harness import wait_until
 from tests.jobs.batch import (
-    COMMAND,
     FILES,
     PYTHON,
     READER,
     Dataset,
     changed,
-    clear_away,
+    clear_what_is_left,
     daemon_of,
     entries_of,
-    job_user,
+    lab_folder,
     mounts_everywhere,
+    node_settings,
     processes_below,
     shows_cache,
     status_in,
-    wait_for_nothing,
 )
 from tests.jobs.grid_engine_lab import Ended, GridEngine, Job, why_not
 
@@ -60,7 +57,7 @@ class Cluster:
         self.shared.chmod(0o1777)
         engine.add_complex(COMPLEX)
         engine.run("qconf", "-aattr", "exechost", "complex_values", "cachefs=none", "global")
-        settings = f"SOURCES={folder / 'nas'}\nSCRATCH={self.copies}\nSTATE={self.state}\nCACHEFS={COMMAND}\n"
+        settings = node_settings(folder / "nas", self.copies, self.state)
         engine.add_queue("plain")
         engine.add_queue("node", **self._ends(folder / "settings", settings))
         engine.add_queue("broken", **self._ends(folder / "broken-settings", f"{settings}CACHEFS=/bin/false\n"))
@@ -134,17 +131,12 @@ RUN_WITH_EPILOG = Way("run-with-epilog", "node", "train.qsub")
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Cluster]:
-    with job_user() as user:
-        folder = Path(tempfile.mkdtemp(prefix="cachefs-sge-"))
+    with lab_folder("cachefs-sge-") as (folder, user):
+        engine = GridEngine(folder, user)
         try:
-            folder.chmod(0o755)
-            engine = GridEngine(folder, user)
-            try:
-                yield Cluster(folder, engine)
-            finally:
-                engine.end()
+            yield Cluster(folder, engine)
         finally:
-            clear_away(folder)
+            engine.end()
 
 
 @pytest.fixture
@@ -152,9 +144,7 @@ def cluster(site: Cluster) -> Iterator[Cluster]:
     """After the jobs of a test nothing of ours is left on the node, and no queue is in an error state."""
     yield site
     has_unfinished_jobs = site.engine.delete_jobs()  # of a test that failed
-    left = wait_for_nothing(site.left)
-    for path in (path for path in left if isinstance(path, Path)):
-        shutil.rmtree(path, ignore_errors=True)
+    left = clear_what_is_left(site.left)
     assert not has_unfinished_jobs
     assert not left
     assert not site.engine.queue_states()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,21 +10,20 @@ import pytest
 
 from tests.harness import wait_until
 from tests.jobs.batch import (
-    COMMAND,
     FILES,
     PYTHON,
     READER,
     Dataset,
     changed,
-    clear_away,
+    clear_what_is_left,
     daemon_of,
     entries_of,
-    job_user,
+    lab_folder,
     mounts_everywhere,
+    node_settings,
     processes_below,
     shows_cache,
     status_in,
-    wait_for_nothing,
 )
 from tests.jobs.slurm_lab import Ended, Job, Slurm, why_not
 
@@ -56,8 +53,7 @@ class Site:
         self.dataset = Dataset(folder / "nas" / "dataset")
         self.copies = folder / "copies"
         self.state = folder / "state-of-mounts"
-        settings = f"SOURCES={folder / 'nas'}\nSCRATCH={self.copies}\nSTATE={self.state}\nCACHEFS={COMMAND}\n"
-        (folder / "settings").write_text(settings)
+        (folder / "settings").write_text(node_settings(folder / "nas", self.copies, self.state))
 
     def submit(self, *options: object, held: tuple[int, ...] = (), status: int = 0) -> Job:
         """The README's job script, but for the dataset and the command."""
@@ -88,22 +84,16 @@ class Site:
 
 @pytest.fixture(scope="module")
 def whole_site() -> Iterator[Site]:
-    with job_user() as user:
-        folder = Path(tempfile.mkdtemp(prefix="cachefs-slurm-"))
+    with lab_folder("cachefs-slurm-") as (folder, user):
+        tool = f"{ROOT / 'sge/node-mounts'} --settings {folder / 'settings'}"
+        scripts = [
+            readme_script(f"# {name}").replace("/opt/cachefs/sge/node-mounts", tool) for name in ("Prolog=", "Epilog=")
+        ]
+        slurm = Slurm(folder, user, *scripts)
         try:
-            folder.chmod(0o755)
-            tool = f"{ROOT / 'sge/node-mounts'} --settings {folder / 'settings'}"
-            scripts = [
-                readme_script(f"# {name}").replace("/opt/cachefs/sge/node-mounts", tool)
-                for name in ("Prolog=", "Epilog=")
-            ]
-            slurm = Slurm(folder, user, *scripts)
-            try:
-                yield Site(folder, slurm)
-            finally:
-                slurm.end()
+            yield Site(folder, slurm)
         finally:
-            clear_away(folder)
+            slurm.end()
 
 
 @pytest.fixture
@@ -111,9 +101,7 @@ def site(whole_site: Site) -> Iterator[Site]:
     """After the jobs of a test nothing of ours is left on the node, and it takes jobs."""
     yield whole_site
     has_unfinished_jobs = whole_site.slurm.cancel_jobs()  # of a test that failed
-    left = wait_for_nothing(whole_site.left)
-    for path in (path for path in left if isinstance(path, Path)):
-        shutil.rmtree(path, ignore_errors=True)
+    left = clear_what_is_left(whole_site.left)
     assert not has_unfinished_jobs
     assert not left
     assert whole_site.slurm.node_state() == "idle"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,6 +165,15 @@ class Job:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         self.process.send_signal(number)
+
+
+def kill_together(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL for all of them, while none can see another one die."""
+    processes = list(processes)
+    for process in processes:
+        process.suspend()
+    for process in processes:
+        process.kill()
 
 
 @dataclass
@@ -344,9 +353,8 @@ class Machine:
 
     def job(self, *options: object) -> Job:
         """A job of the place's user there."""
-        user = self._place.user
-        become = ["setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups", "--"]
-        return self._place.job(*options, before=(*self._enter, *become), user=0, group=0)
+        before = (*self._enter, *self._place.user.become)
+        return self._place.job(*options, before=before, user=0, group=0)
 
     def do(self, script: str) -> None:
         """Have root's shell do something there."""

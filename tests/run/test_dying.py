@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import needs_root
 from tests.harness import wait_until
-from tests.run.running import Job, JobPlace, mounts_everywhere, warnings_of
+from tests.run.running import Job, JobPlace, kill_together, mounts_everywhere, warnings_of
 
 GONE = "is cached no more, because its daemon was killed by SIGKILL: from now on it is read from the source"
 KEEPER_DIED = "cachefs: warning: the keeper of the mounts died: from now on the data are read from the source"
@@ -149,11 +149,7 @@ def test_what_the_death_of_everything_leaves_is_reclaimed(place: JobPlace):
         job = place.job()
         assert job.command.read(place.source / "one") == b"1" * 1000
         wait_until(lambda: list((place.scratch / "files").rglob("*/*/*")), "the copy is complete")
-        victims = [psutil.Process(job.pid), place.keeper(), place.daemon()]
-        for process in victims:
-            process.suspend()
-        for process in victims:
-            process.kill()
+        kill_together([psutil.Process(job.pid), place.keeper(), place.daemon()])
         job.wait()
         place.wait_for_the_end()
         assert (place.scratch / "cachefs-scratch").exists()
@@ -170,11 +166,7 @@ def test_what_the_death_of_everything_leaves_is_reclaimed(place: JobPlace):
 def test_after_the_death_of_everything_a_mount_works(own_place: JobPlace):
     place = own_place
     job = place.job()
-    victims = [psutil.Process(job.pid), place.keeper(), place.daemon()]
-    for process in victims:
-        process.suspend()
-    for process in victims:
-        process.kill()
+    kill_together([psutil.Process(job.pid), place.keeper(), place.daemon()])
     job.wait()
     place.wait_for_the_end()
     at = place.mount()

@@ -15,23 +15,12 @@ import pytest
 
 from tests.commands.test_refused_machine import HIDE_FUSERMOUNT, NEW_DEV
 from tests.conftest import needs_root
-from tests.harness import wait_until
-from tests.run.running import SECONDS, JobPlace, warnings_of
+from tests.run.running import JobPlace, warnings_of
 
 
 def on_machine(place: JobPlace, setup: str, *command: object, options: tuple[object, ...] = (), data: object = None):
     """Run a command with its data cached, as the user, where root has run the shell script `setup`."""
-    become = f"setpriv --reuid={place.user.uid} --regid={place.user.gid} --clear-groups --"
-    before = (
-        "unshare",
-        "--mount",
-        "--propagation",
-        "private",
-        "sh",
-        "-c",
-        f'{setup} || exit 99; exec {become} "$@"',
-        "sh",
-    )
+    before = place.on_own_mounts(setup)
     return place.cached(*command, before=before, options=options, data=data, user=0, group=0)
 
 
@@ -88,21 +77,9 @@ def run_with_namespaces_limited(
     place: JobPlace, *command: object, data: object = None, options: tuple[object, ...] = (), limit: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run it as the place's user in a user namespace of root's, in which not more than `limit` can be made."""
-    become = f"setpriv --reuid={place.user.uid} --regid={place.user.gid} --clear-groups"
-    run = shlex.join([*place.line(*options, data=data), *map(str, command)])
-    script = f"echo {limit} > /proc/sys/user/max_user_namespaces && exec {become} {run}"
-    namespaces = ("unshare", "--user", "--mount", "--propagation", "unchanged")
-    process = subprocess.Popen(
-        [*namespaces, "sh", "-c", 'read _ && exec sh -c "$1"', "sh", script],
-        cwd=place.path, env=place.environ(), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    proc = Path("/proc", str(process.pid))
-    wait_until(lambda: os.readlink(proc / "ns/user") != os.readlink("/proc/self/ns/user"), "it has its namespace")
-    for name in "uid_map", "gid_map":
-        (proc / name).write_text("0 0 65536")
-    said, errors = process.communicate("go\n", timeout=SECONDS)
-    return subprocess.CompletedProcess(process.args, process.returncode, said, errors)
+    line = [*place.line(*options, data=data), *command]
+    mounts = ("--mount", "--propagation", "unchanged")
+    return place.run_with_namespaces_limited(*line, limit=limit, unshare=mounts)
 
 
 @needs_root
@@ -119,12 +96,18 @@ def test_fusermount3_instead_of_user_namespaces(ordinary_place: JobPlace):
     assert not place.scratch.exists()
 
 
-@needs_root
-def test_neither_user_namespaces_nor_fusermount3(ordinary_place: JobPlace):
-    place = ordinary_place
+def foreign_data(place: JobPlace) -> Path:
+    """A directory of root's, which the user may read and not mount on: `file` in it says "theirs"."""
     foreign = place.path / "foreign"
     foreign.mkdir()
     (foreign / "file").write_text("theirs")
+    return foreign
+
+
+@needs_root
+def test_neither_user_namespaces_nor_fusermount3(ordinary_place: JobPlace):
+    place = ordinary_place
+    foreign = foreign_data(place)
     done = run_with_namespaces_limited(place, "cat", foreign / "file", data=foreign)
     says = ("user namespaces are switched off on this machine", f"may not mount at {foreign}")
     assert_open(place, done, *says, said="theirs")
@@ -137,9 +120,7 @@ def test_neither_user_namespaces_nor_fusermount3(ordinary_place: JobPlace):
 def test_one_of_several_data_cannot_be_mounted(ordinary_place: JobPlace):
     """The others are cached; with --strict nothing is, and nothing is left."""
     place = ordinary_place
-    foreign = place.path / "foreign"
-    foreign.mkdir()
-    (foreign / "file").write_text("theirs")
+    foreign = foreign_data(place)
     cat = ("cat", place.source / "one", foreign / "file")
     done = run_with_namespaces_limited(place, *cat, data=[place.source, foreign])
     assert (done.returncode, done.stdout) == (0, "1" * 1000 + "theirs"), done.stderr
@@ -207,8 +188,7 @@ def test_scratch_that_cannot_be_made(place: JobPlace, scratch: str):
 def test_a_read_only_temporary_directory(place: JobPlace):
     temporary = place.make("tmp")
     setup = f"mount -t tmpfs -o ro none {temporary}"
-    become = f"setpriv --reuid={place.user.uid} --regid={place.user.gid} --clear-groups --"
-    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", f'{setup} && exec {become} "$@"', "sh"]
+    command = place.on_own_mounts(setup)
     line = [word for word in place.line() if word not in ("--scratch", str(place.scratch))]
     env = place.environ({"TMPDIR": str(temporary), "JOB_ID": "1"})
     script = f"cat {place.source}/one"
@@ -230,9 +210,7 @@ def test_no_temporary_directory_at_all(place: JobPlace):
     setup += f"mount --bind {place.path} /mnt && mount -t tmpfs -o size=64k none /tmp && mkdir -p {place.path} && "
     setup += f"mount --move /mnt {place.path} && mount -o remount,ro,bind {place.path} && mount -o remount,ro /tmp"
     line = [word for word in place.line() if word not in ("--scratch", str(place.scratch))]
-    become = f"setpriv --reuid={place.user.uid} --regid={place.user.gid} --clear-groups --"
-    script = f'{setup} || exit 99; cd {place.path}; exec {become} "$@"'
-    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *line]
+    command = [*place.on_own_mounts(f"{setup} && cd {place.path}"), *line]
     done = subprocess.run(
         [*command, "cat", place.source / "one"],
         cwd="/",

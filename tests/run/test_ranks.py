@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.harness import wait_until
-from tests.run.running import SECONDS, Job, JobPlace, assert_no_mounts, namespace_of, warnings_of
+from tests.run.running import SECONDS, Job, JobPlace, assert_no_mounts, kill_together, namespace_of, warnings_of
 
 RANKS = 8
 
@@ -295,11 +295,7 @@ def test_a_crash_of_a_node_in_small(place: JobPlace):
         jobs = start_together(place, 4)
         for job in jobs:
             assert job.command.read(place.source / "one") == b"1" * 1000
-        everything = [process for process in place.marked()]
-        for process in everything:
-            process.suspend()
-        for process in everything:
-            process.kill()
+        kill_together(place.marked())
         for job in jobs:
             job.wait()
         place.wait_for_the_end()

@@ -139,20 +139,30 @@ def test_a_terminal_that_is_closed(own_place: JobPlace):
     own_place.wait_for_the_end()
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_job_control_of_a_shell(place: JobPlace):
-    """Ctrl-Z, bg and fg, as often as one likes; Ctrl-C in the end."""
+@contextmanager
+def job_in_shell(place: JobPlace) -> Iterator[tuple[subprocess.Popen[bytes], Terminal, Command, int]]:
+    """A job that somebody starts in an interactive shell; the last is the pid of its run."""
     stage = place.stage()
     with on_terminal(place, ["bash", "--norc", "--noprofile", "-i"]) as (shell, terminal):
         terminal.type(shlex.join([*place.line(), *stage.command]).encode() + b"\n")
         command = stage.join(shell)
-        run = psutil.Process(command.pid).ppid()
+        yield shell, terminal, command, psutil.Process(command.pid).ppid()
+
+
+def wait_for_stop(terminal: Terminal, command: Command, run: int, times: int) -> None:
+    """Until command and run are stopped, and the shell has said so so often."""
+    wait_until(lambda: is_stopped(run) and is_stopped(command.pid), "both are stopped")
+    wait_until(lambda: terminal.shows(b"Stopped") and terminal.shown.count(b"Stopped") >= times, "the shell says so")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_job_control_of_a_shell(place: JobPlace):
+    """Ctrl-Z, bg and fg, as often as one likes; Ctrl-C in the end."""
+    with job_in_shell(place) as (shell, terminal, command, run):
         command.catch(signal.SIGINT, signal.SIGCONT)
         for turn in 1, 2, 3:
             terminal.type(CTRL_Z)
-            wait_until(lambda: is_stopped(run) and is_stopped(command.pid), "both are stopped")
-            wait_until(lambda turn=turn: terminal.shows(b"Stopped") and terminal.shown.count(b"Stopped") >= turn,
-                       "the shell says so")  # fmt: skip
+            wait_for_stop(terminal, command, run, turn)
             terminal.type(b"fg\n")
             wait_until(lambda: not is_stopped(run) and not is_stopped(command.pid), "both go on")
             command.got_exactly(*["SIGCONT"] * turn)
@@ -170,17 +180,11 @@ def test_job_control_of_a_shell(place: JobPlace):
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_a_command_that_suspends_itself_in_a_shell(own_place: JobPlace):
     """As editors do on Ctrl-Z."""
-    stage = own_place.stage()
-    with on_terminal(own_place, ["bash", "--norc", "--noprofile", "-i"]) as (shell, terminal):
-        terminal.type(shlex.join([*own_place.line(), *stage.command]).encode() + b"\n")
-        command = stage.join(shell)
-        run = psutil.Process(command.pid).ppid()
+    with job_in_shell(own_place) as (shell, terminal, command, run):
         for number in signal.SIGSTOP, signal.SIGTSTP:
             shown = terminal.shown.count(b"Stopped")
             command.say(f"os.kill(os.getpid(), {int(number)})")
-            wait_until(lambda: is_stopped(run) and is_stopped(command.pid), "both are stopped")
-            wait_until(lambda shown=shown: terminal.shows(b"") and terminal.shown.count(b"Stopped") > shown,
-                       "the shell says so")  # fmt: skip
+            wait_for_stop(terminal, command, run, shown + 1)
             terminal.type(b"fg\n")
             command.hear()
             wait_until(lambda: not is_stopped(run), "run goes on")
