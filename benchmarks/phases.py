@@ -39,7 +39,7 @@ def read_first(
                     (measured,) = stage.measure(reader(repetition), running, data)
                     asked = source.statistics()
                 stage.note(case, contender, measured, known)
-                scale, unit = (1e6 / measured.files, "µs/file") if measured.files > 1 else (1.0, "s")
+                scale, unit = measured.scale
                 stage.records.add(case, contender.name, "source CPU", unit, asked.cpu_seconds * scale, known)
                 if measured.listing_seconds is not None:
                     listing = measured.listing_seconds
@@ -88,9 +88,7 @@ def read_later(
                         (measured,) = stage.measure(reader(repetition), serving[contender.name], data)
                         stage.note(dropped_case or "", contender, measured, circumstances)
             for contender in taking_part:
-                memory = serving[contender.name].memory_bytes() / 1e6
-                if memory:
-                    stage.records.add(case, contender.name, "memory", "MB", memory, readings[0][1])
+                stage.note_memory(case, contender, serving[contender.name], readings[0][1])
 
 
 def compare_first(stage: Stage, case: str = FIRST_CASE, goal_of: GoalOf = lambda result: None) -> None:

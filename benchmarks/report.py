@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import charts
-from benchmarks.contenders import CONTENDERS
-from benchmarks.results import RATIO, Result, Run
+from benchmarks.contenders import title
+from benchmarks.results import RATIO, Result, Run, describe_circumstances
 from benchmarks.workloads import WORKLOADS
 
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
@@ -86,23 +86,8 @@ def judged(result: Result) -> str:
 def describe(result: Result) -> str:
     """What a figure is of, in words: "later epoch, 4 processes: cachefs / scratch directly"."""
     what = " / ".join(title(name) for name in result.contender.split(" / "))
-    where = circumstances(result)
+    where = describe_circumstances(result.circumstances)
     return f"{result.case}{', ' if where else ''}{where}: {what}"
-
-
-def title(contender: str) -> str:
-    return CONTENDERS[contender].title if contender in CONTENDERS else contender
-
-
-def circumstances(result: Result) -> str:
-    forms = {
-        "processes": lambda value: f"{value:g} process{'es' if value > 1 else ''}",
-        "latency_ms": lambda value: f"{value:g} ms",
-        "bandwidth_mb_s": lambda value: f"{value:,.0f} MB/s",
-        "files": lambda value: f"{value:,.0f} files",
-        "file_bytes": lambda value: f"{value:,.0f} bytes each",
-    }
-    return ", ".join(forms[name](value) for name, value in result.circumstances.items())
 
 
 def machine(run: Run) -> str:
@@ -135,11 +120,12 @@ def _cases(results: list[Result]) -> Iterator[tuple[str, list[Result]]]:
 def _table(results: list[Result]) -> tuple[list[str], list[list[str]]]:
     """A row a contender and its circumstances, a column a quantity."""
     columns = list(dict.fromkeys((result.quantity, result.unit) for result in results))
-    cells = {(circumstances(each), each.contender, each.quantity, each.unit): each.spread for each in results}
-    rows = []
-    for where, contender in dict.fromkeys((circumstances(each), each.contender) for each in results):
-        rows.append([where, title(contender), *(cells.get((where, contender, *column), "") for column in columns)])
-    return ["circumstances", "contender", *(f"{quantity}, {unit}" for quantity, unit in columns)], rows
+    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for each in results:
+        row = rows.setdefault((describe_circumstances(each.circumstances), title(each.contender)), {})
+        row[each.quantity, each.unit] = each.spread
+    cells = [[*names, *(row.get(column, "") for column in columns)] for names, row in rows.items()]
+    return ["circumstances", "contender", *(f"{quantity}, {unit}" for quantity, unit in columns)], cells
 
 
 def _print(console: Console, heading: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

@@ -21,6 +21,18 @@ Circumstances = dict[str, float]
 `file_bytes`."""
 
 
+def describe_circumstances(circumstances: Circumstances) -> str:
+    """As text, "4 processes, 2 ms"; empty without any."""
+    forms = {
+        "processes": lambda value: f"{value:g} process{'es' if value > 1 else ''}",
+        "latency_ms": lambda value: f"{value:g} ms",
+        "bandwidth_mb_s": lambda value: f"{value:,.0f} MB/s",
+        "files": lambda value: f"{value:,.0f} files",
+        "file_bytes": lambda value: f"{value:,.0f} bytes each",
+    }
+    return ", ".join(forms[name](value) for name, value in circumstances.items())
+
+
 @dataclass(frozen=True)
 class Goal:
     """What a median should be. `relation` is "at most", "below" or "at least"."""

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.contenders import CONTENDERS, BenchmarkError, Contender, Place, Running, detach_below
 from benchmarks.results import Circumstances, Records
 from cachefs.demo.dataset import make_dataset
 from cachefs.demo.slow_source import SlowSource
+
+T = TypeVar("T")
 
 READERS = Path(__file__).parent / "readers"
 CLASSES = 20
@@ -69,6 +71,11 @@ class Measured:
     requests: float | None = None
     listing_seconds: float | None = None
     """What a reader took before that to find out which files there are."""
+
+    @property
+    def scale(self) -> tuple[float, str]:
+        """What to multiply seconds with, and the unit that this gives: for each file, where there are several."""
+        return (1e6 / self.files, "µs/file") if self.files > 1 else (1.0, "s")
 
 
 @dataclass(frozen=True)
@@ -202,9 +209,15 @@ class Stage:
             for answer in answers
         ]
 
+    def note_memory(self, case: str, contender: Contender, running: Running, circumstances: Circumstances) -> None:
+        """Record what the daemon takes now, if there is one."""
+        memory = running.memory_bytes() / 1e6
+        if memory:
+            self.records.add(case, contender.name, "memory", "MB", memory, circumstances)
+
     def note(self, case: str, contender: Contender, measured: Measured, circumstances: Circumstances) -> None:
         """Record a run: times a file where there are several, else as they are."""
-        scale, unit = (1e6 / measured.files, "µs/file") if measured.files > 1 else (1.0, "s")
+        scale, unit = measured.scale
 
         def add(quantity: str, of_unit: str, value: float) -> None:
             self.records.add(case, contender.name, quantity, of_unit, value, circumstances)
@@ -244,7 +257,7 @@ class Stage:
         return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def rotated(contenders: Sequence[Contender], by: int) -> list[Contender]:
+def rotated(contenders: Sequence[T], by: int) -> list[T]:
     """In another order each repetition, so that nobody always runs behind the same one."""
     by %= len(contenders) or 1
     return [*contenders[by:], *contenders[:by]]

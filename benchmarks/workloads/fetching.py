@@ -18,7 +18,7 @@ import xxhash
 
 from benchmarks.contenders import BenchmarkError, cachefs, mounted
 from benchmarks.results import Circumstances, Result
-from benchmarks.stage import Stage
+from benchmarks.stage import Stage, rotated
 from cachefs.cache.copying import CopyHandlers
 from cachefs.cache.storage import NAME_BYTES, Storage
 from cachefs.source.attributes import pack_stat, version_of
@@ -39,8 +39,7 @@ def run(stage: Stage) -> list[Result]:
         data = _make(stage, size, stage.size(count, 50))
         known: Circumstances = {"file_bytes": size}
         for repetition in range(stage.repetitions):
-            ways = list(WAYS.items())
-            for name, copy in ways[repetition % len(ways) :] + ways[: repetition % len(ways)]:
+            for name, copy in rotated(list(WAYS.items()), repetition):
                 with _scratch(stage) as (folder, storage), _tree(data) as tree:
                     files = _files(tree)
                     os.sync()

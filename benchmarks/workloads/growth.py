@@ -69,9 +69,7 @@ def _measure_walks(stage: Stage, files: int, repetitions: int) -> None:
                 for case in (FIRST, SECOND):
                     (measured,) = stage.measure(Reader("walk.py"), running, data)
                     stage.note(case, contender, measured, known)
-                if running.process is not None:
-                    memory = running.memory_bytes() / 1e6
-                    stage.records.add(MEMORY, contender.name, "memory", "MB", memory, known)
+                stage.note_memory(MEMORY, contender, running, known)
     shutil.rmtree(data)
 
 

@@ -66,9 +66,7 @@ def _walk_source(stage: Stage, data: Path, conditions: Conditions, share: int) -
                     for case in (FIRST,) if contender.name == "source" else (FIRST, SECOND, DROPPED):
                         if case != DROPPED or stage.drop_caches():
                             stage.note(case, contender, _walk(stage, running, data, part), known)
-                    memory = running.memory_bytes() / 1e6
-                    if memory:
-                        stage.records.add("memory after the walk", contender.name, "memory", "MB", memory, known)
+                    stage.note_memory("memory after the walk", contender, running, known)
 
 
 def _walk(stage: Stage, running: Running, data: Path, part: tuple[object, ...]) -> Measured:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.contenders import Contender, Place, Running, mounted
 from benchmarks.results import Circumstances, Result
-from benchmarks.stage import Reader, Stage
+from benchmarks.stage import Reader, Stage, rotated
 from benchmarks.variants import VARIANTS
 
 FILES = {110_000: 2000, 4096: 5000}
@@ -37,9 +37,8 @@ def run(stage: Stage) -> list[Result]:
         known: Circumstances = {"processes": PROCESSES, "file_bytes": size}
         with mounted(data, stage.new_folder(), scratch, *OPTIONS, purge=False) as running:
             stage.measure(Reader("read_files.py", ("--do", "check"), ("--processes", PROCESSES)), running, data)
-        names = list(MEASURES)
         for repetition in range(stage.repetitions):
-            for name in (*names[repetition % len(names) :], *names[: repetition % len(names)]):
+            for name in rotated(list(MEASURES), repetition):
                 _measure(stage, data, _contender(name, scratch), repetition, known)
     for result in stage.records.results():
         if result.quantity == "time" and result.contender != OURS:

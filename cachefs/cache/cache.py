@@ -120,7 +120,7 @@ class Cache:
         """The fetch of a file that is not resident, a new one or somebody else's; None if there is no room."""
         self._residency.supersede(name)
         earlier = self._earlier(name)
-        if earlier is None and not await self._reserve(size_of(version)):
+        if earlier is None and not await self._capacity.try_reserve(size_of(version)):
             return None
         fetch = self._fetches.get(name)
         if fetch is None:
@@ -128,13 +128,6 @@ class Cache:
         if earlier is None:
             self._capacity.release(size_of(version))
         return fetch
-
-    async def _reserve(self, size: int) -> bool:
-        try:
-            return await self._capacity.reserve(size)
-        except OSError as error:
-            log.warning("no room could be made error=%r", error.strerror)
-            return False
 
     def _earlier(self, name: bytes) -> Resident | None:
         """A copy from before the machine's last boot, which a fetch checks before it is believed."""

@@ -78,6 +78,14 @@ class CapacityKeeper:
                     return False
         return True
 
+    async def try_reserve(self, size: int, *, ahead: bool = False) -> bool:
+        """The same, and False where evicting failed."""
+        try:
+            return await self.reserve(size, ahead=ahead)
+        except OSError as error:
+            log.warning("no room could be made error=%r", error.strerror)
+            return False
+
     def settle(self, size: int) -> None:
         """What was reserved is stored now."""
         self._ledger.settle(size)
@@ -117,8 +125,7 @@ class CapacityKeeper:
             log.warning("unused files not evicted error=%r", error.strerror)
         if ahead:
             return False
-        unopened = self._residency.take_unopened(size)
-        if unopened and (await self._remove(unopened))[0]:
+        if (await self._remove(self._residency.take_unopened(size)))[0]:
             return True
         if self._policy == "lru":
             return await self._evict_oldest(size)

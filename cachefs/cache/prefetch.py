@@ -160,19 +160,20 @@ class Prefetch:
             name = self._residency.name_of(path, version)
             if self._is_resident(name):
                 continue
+            size = size_of(version)
             fetch = self._fetches.get(name)
-            if fetch is None and not await self._reserve(size_of(version)):
-                outcomes[number:] = [FULL] * (len(batch) - number)
-                break
-            if fetch is None and (self._fetches.get(name) is not None or self._residency.get(name) is not None):
-                self._capacity.release(size_of(version))  # somebody came while we reserved
+            if fetch is None:
+                if not await self._capacity.try_reserve(size, ahead=True):
+                    outcomes[number:] = [FULL] * (len(batch) - number)
+                    break
                 fetch = self._fetches.get(name)
-            elif fetch is None and size_of(version) <= SMALL_FILE_BYTES:
-                small.append((name, path, version))
-                numbers.append(number)
-                continue
-            elif fetch is None:
-                fetch = self._fetches.start(name, path, version, None, ahead=True)
+                if fetch is not None or self._residency.get(name) is not None:
+                    self._capacity.release(size)  # somebody came while we reserved
+                elif size <= SMALL_FILE_BYTES:
+                    small.append((name, path, version))
+                    numbers.append(number)
+                else:
+                    fetch = self._fetches.start(name, path, version, None, ahead=True)
             if fetch is not None:
                 waiting.append((number, fetch))
         if small:
@@ -193,11 +194,4 @@ class Prefetch:
         try:
             return self._storage.has(name)
         except StorageError:
-            return False
-
-    async def _reserve(self, size: int) -> bool:
-        try:
-            return await self._capacity.reserve(size, ahead=True)
-        except OSError as error:
-            log.warning("no room could be made error=%r", error.strerror)
             return False

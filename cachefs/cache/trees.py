@@ -155,7 +155,7 @@ class TreeHandlers:
             for name, stored, packed in entries:
                 attributes = Attributes.unpack(packed)
                 if stat.S_ISLNK(attributes.mode):
-                    problem = self._plant_link(fd, path + b"/" + name if path else name, name, packed)
+                    problem = self._plant_link(fd, path + b"/" + name if path else name, name, packed, attributes)
                 else:
                     problem = self._plant_file(fd, name, stored, attributes)
                 if problem:
@@ -184,8 +184,7 @@ class TreeHandlers:
         finally:
             os.close(fd)
 
-    def _plant_link(self, directory: int, path: bytes, name: bytes, packed: bytes) -> str:
-        attributes = Attributes.unpack(packed)
+    def _plant_link(self, directory: int, path: bytes, name: bytes, packed: bytes, attributes: Attributes) -> str:
         try:
             target = self._source.readlink(path)
             if version_of(self._source.stat(path)) != version_of(packed):

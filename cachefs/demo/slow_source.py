@@ -79,10 +79,6 @@ class SourceStatistics:
     def requests(self) -> int:
         return sum(self.operations.values())
 
-    @property
-    def cpu_seconds_per_request(self) -> float:
-        return self.cpu_seconds / self.requests if self.requests else 0.0
-
     def file(self, path: bytes | str) -> FileStatistics:
         """Of one path relative to the source, all zero if the source was never asked about it."""
         return self.files.get(os.fsencode(path), FileStatistics())

@@ -171,7 +171,7 @@ class FileSystem:
         """Ask for the attributes of all names of a directory that have none: somebody reads them one by one."""
         try:
             async with self._gathers:
-                await self._ask_attributes(parent, self._without_attributes(parent, directory.children))
+                await self.learn_attributes(parent, directory.children)
         except OSError as error:
             log.info("attributes not gathered path=%r error=%r", parent.path, error.strerror)
         finally:
@@ -235,7 +235,7 @@ class FileSystem:
             below: list[Node] = []
             for start in range(0, len(names), NAMES_A_JOB):
                 part = names[start : start + NAMES_A_JOB]
-                await self._ask_attributes(directory, self._without_attributes(directory, part))
+                await self.learn_attributes(directory, part)
                 for name in part:
                     child = self.inodes.child(directory, name)
                     if child is None or child.attributes is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -23,6 +23,7 @@ from cachefs.cache.trees import ENTRIES_A_JOB, ENTRY_BYTES_A_JOB, Entry
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.inodes import Node, directory_of
 from cachefs.source.attributes import Attributes, size_of, version_of
+from cachefs.source.client import NAMES_A_JOB
 
 LARGE_FILE_BYTES = 8 * 1024 * 1024
 """Files of this size are promoted on their own where their directory cannot be."""
@@ -30,7 +31,6 @@ _MOST_LARGE_FILES = 1000
 _OPENS_TO_LIST = 4
 """From this many opened files on, a directory that nobody has listed is listed."""
 _NAMES_A_TURN = 250
-_NAMES_TO_ASK = 400
 _FORGET_LOOKS = 1000
 
 MayShow = Callable[[Attributes], bool]
@@ -201,11 +201,7 @@ class Survey:
 
     def is_built(self, path: bytes) -> bool:
         """Whether a directory is in a tree that is complete."""
-        while path not in self.built:
-            if not path:
-                return False
-            path = path.rpartition(b"/")[0]
-        return True
+        return path in self.built or is_below(path, self.built)
 
     def batches(self, node: Node) -> Iterator[Batch]:
         """All entries of a complete directory but its sub-directories. Raises IncompleteError."""
@@ -262,7 +258,7 @@ class Survey:
                 continue
             if look.has_hole:
                 return False
-            names = look.names[look.position : look.position + _NAMES_TO_ASK]
+            names = look.names[look.position : look.position + NAMES_A_JOB]
             if look.position and await self._learns_more(node, names):
                 continue  # it may be empty, or resident in the version that the source has now
             self._wait_for(node, problem)
@@ -306,10 +302,10 @@ class Survey:
 
     async def _learn_all(self, node: Node, look: _Look) -> None:
         """Ask for all attributes that are not known, but for those of sub-directories."""
-        for start in range(0, len(look.names), _NAMES_TO_ASK):
+        for start in range(0, len(look.names), NAMES_A_JOB):
             await trio.lowlevel.checkpoint()
             children = directory_of(node).children
-            names = look.names[start : start + _NAMES_TO_ASK]
+            names = look.names[start : start + NAMES_A_JOB]
             await self._fs.learn_attributes(node, [name for name in names if children.get(name) != stat.S_IFDIR])
 
     async def _are_all_below_built(self, node: Node, look: _Look) -> bool:
@@ -383,3 +379,12 @@ class Survey:
 def _prefix(node: Node) -> bytes:
     path = node.path
     return path + b"/" if path else b""
+
+
+def is_below(path: bytes, others: Container[bytes]) -> bool:
+    """Whether a directory above `path` is among `others`."""
+    while path:
+        path = path.rpartition(b"/")[0]
+        if path in others:
+            return True
+    return False

@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,14 +21,12 @@ from cachefs.errors import CachefsError
 from cachefs.mount.notify import ServiceManager
 from cachefs.mount.purge import purge
 from cachefs.mount.serve import KEEPER_SIGNAL, lay_grounds, open_source, serve
-from cachefs.workers.fork_server import detach, end_with_parent
+from cachefs.workers.fork_server import JOB_SIGNALS, detach, end_with_parent, ignore
 
 log = logging.getLogger(__name__)
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _KEPT_LOGS = 10
-JOB_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-"""What batch systems send to every process of a job, that it may save its state: not meant for us."""
 
 
 def serve_in_foreground(settings: Settings, on_ready: Callable[[], None]) -> None:
@@ -81,11 +79,6 @@ def problem_of_start(said: bytes, settings: Settings) -> CachefsError | None:
         return CachefsError("the daemon died before the mount answered", f"see the logs in {settings.scratch / 'logs'}")
     report = json.loads(said)
     return CachefsError(report["error"], report["hint"]) if "error" in report else None
-
-
-def ignore(signals: Iterable[signal.Signals]) -> None:
-    for number in signals:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _run_daemon(settings: Settings, pipe: int) -> None:

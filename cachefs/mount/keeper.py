@@ -29,7 +29,7 @@ from cachefs.config import Settings
 from cachefs.errors import CachefsError, describe
 from cachefs.mount.checks import check_fuse, check_may_cover
 from cachefs.mount.control_client import ask
-from cachefs.mount.daemon import JOB_SIGNALS, ignore, problem_of_start, start_daemon
+from cachefs.mount.daemon import problem_of_start, start_daemon
 from cachefs.mount.mountinfo import find_mount
 from cachefs.mount.namespaces import (
     bind_read_only,
@@ -41,6 +41,7 @@ from cachefs.mount.purge import ScratchInUseError, purge
 from cachefs.mount.rendezvous import Mounted, peer_uid, receive, send
 from cachefs.mount.serve import KEEPER_SIGNAL, name_of_signal
 from cachefs.mount.unmount import live_lease, scratch_of, uncover
+from cachefs.workers.fork_server import JOB_SIGNALS, ignore
 
 START_SECONDS = 60.0
 """How long a daemon may take until its mount answers. Then its source is most likely not there at all."""

@@ -45,8 +45,7 @@ class Membership:
             self.ledger = Ledger(scratch.fd, self.record.id, storage.boot)
             self._lease = Lease(scratch, self.record)
             self._is_counted = self.ledger.join([other.id for other in others])
-            ended = {*trees.names()} - {other.id for other in others}
-            self.abandoned_trees = tuple(ended - {self.record.id})
+            self.abandoned_trees = tuple({*trees.names()} - {other.id for other in others})
             self._joining = ExitStack() if self._is_counted else joining.pop_all()
 
     def live_datasets(self) -> list[bytes]:

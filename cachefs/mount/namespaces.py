@@ -119,8 +119,13 @@ def namespaces_of_this_process() -> str:
 def bind_read_only(source: Path, target: Path) -> None:
     """Show the directory `source` at `target` too, read-only. Raises OSError."""
     mount(source, target, MS_BIND | MS_REC)
+    remount_read_only(target)
+
+
+def remount_read_only(target: Path, flags: int = 0) -> None:
+    """Make what is bound at `target` read-only, with more `flags` of mount(2). Raises OSError."""
     locked = os.statvfs(target).f_flag & _LOCKED_FLAGS
-    mount(None, target, MS_BIND | MS_REMOUNT | MS_RDONLY | locked)
+    mount(None, target, MS_BIND | MS_REMOUNT | MS_RDONLY | flags | locked)
 
 
 def _become_slave() -> None:

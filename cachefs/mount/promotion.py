@@ -33,14 +33,13 @@ from cachefs.config import Settings
 from cachefs.errors import describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.inodes import Node
-from cachefs.fs.survey import IncompleteError, Survey
+from cachefs.fs.survey import IncompleteError, Survey, is_below
 from cachefs.mount.mountinfo import find_mount, mount_id_of, read_mounts
+from cachefs.mount.namespaces import remount_read_only
 from cachefs.mount.system_calls import (
     MS_BIND,
     MS_NODEV,
     MS_NOSUID,
-    MS_RDONLY,
-    MS_REMOUNT,
     attach_read_only,
     mount,
     umount,
@@ -62,7 +61,6 @@ _REPORTED_PATHS = 100
 _LEAVE_SECONDS = 5.0
 _RETRY_SECONDS = 60.0
 _CAP_SYS_ADMIN = 21
-_LOCKED_FLAGS = MS_NOSUID | MS_NODEV | 8 | 1024 | 2048
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
 
 
@@ -122,7 +120,9 @@ class Promotion:
             residency,
             storage.boot,
             lambda attributes: may_be_shown(attributes, is_root=is_root, may_execute=may_execute),
-            with_root=settings.allow_other or settings.is_private or _is_behind_closed_doors(settings.mountpoint),
+            with_root=settings.allow_other
+            or settings.is_private
+            or (self.reason_against is None and _is_behind_closed_doors(settings.mountpoint)),
         )
         if self.reason_against is None:
             residency.on_add = self._survey.note_resident
@@ -132,7 +132,7 @@ class Promotion:
     def status(self) -> dict[str, Any]:
         """What is promoted now, as the kernel says."""
         self._drop_vanished()
-        paths = [path for path in self._bound if not _is_below(path, self._bound)]
+        paths = [path for path in self._bound if not is_below(path, self._bound)]
         return {
             "promotion": "on" if self.reason_against is None else f"off: {self.reason_against}",
             "promoted_files": sum(self._bound[path][0] for path in paths),
@@ -325,24 +325,13 @@ def _bind_read_only(source: int, target: int, reopen: Any) -> None:
     mount(Path(f"/proc/self/fd/{source}"), place, MS_BIND)
     bound = reopen()
     try:
-        place = Path(f"/proc/self/fd/{bound}")
-        locked = os.statvfs(place).f_flag & _LOCKED_FLAGS
-        mount(None, place, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | locked)
+        remount_read_only(Path(f"/proc/self/fd/{bound}"), MS_NOSUID | MS_NODEV)
     finally:
         os.close(bound)
 
 
 def _is_within(path: bytes, top: bytes) -> bool:
     return not top or path == top or path.startswith(top + b"/")
-
-
-def _is_below(path: bytes, others: Any) -> bool:
-    """Whether a directory above `path` is among `others`."""
-    while path:
-        path = path.rpartition(b"/")[0]
-        if path in others:
-            return True
-    return False
 
 
 def _may_mount() -> bool:

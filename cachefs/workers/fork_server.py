@@ -17,6 +17,9 @@ import signal
 import socket
 from collections.abc import Callable, Iterable
 
+JOB_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""What batch systems send to every process of a job, that it may save its state: not meant for us."""
+
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -68,8 +71,7 @@ class ForkServer:
 
 
 def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
-        signal.signal(number, signal.SIG_IGN)
+    ignore((*JOB_SIGNALS, signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are reaped by the kernel
     detach(keep)
     gc.collect()
@@ -100,6 +102,11 @@ def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
             continue
         sock.sendmsg([b"ok"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))])
         os.close(pidfd)
+
+
+def ignore(signals: Iterable[signal.Signals]) -> None:
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_parent(parent: int, number: int) -> None:

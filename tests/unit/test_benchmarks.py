@@ -240,6 +240,8 @@ def test_every_workload_runs_over_the_cheap_contenders(workload, tmp_path):
     compares_ways = workload in ("fetching", "requests")
     assert compares_ways or known <= set(CHEAP.split(","))
     assert run.skipped.keys() <= {*FIRST, *LATER} - known
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert results / f"{workload}.png" in list(report.write(results, tmp_path / "none.md"))
     left = [mount.path for mount in read_mounts() if mount.path.is_relative_to(tmp_path)]
     assert not left
     assert sorted(tmp_path.iterdir()) == [results]
