@@ -121,7 +121,10 @@ def _unmount_all(mount: Mount, record: LeaseRecord | None) -> Mount | None:
 
 def detach(mount: Mount) -> None:
     """Take a mount away from where it is, also while it is in use. Raises CachefsError."""
-    uncover_whole(mount)
+    try:
+        uncover_whole(mount)
+    except OSError as error:
+        raise CachefsError(f"cannot unmount {mount.path}: {describe(error)}") from None
     _try_unmount(mount, detach=True)
 
 

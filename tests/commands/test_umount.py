@@ -66,6 +66,19 @@ class TestNotOurs:
         root.do("umount", at)
 
     @needs_root
+    @pytest.mark.parametrize("options", [(), ("--lazy",)])
+    def test_a_promoted_mount_of_another_user(self, ordinary_place: Place, options: tuple[str, ...]):
+        place = ordinary_place
+        root = Place(current_user(), place.path)
+        at = root.mount(place.source, "--allow-other")
+        for path in at.rglob("*"):
+            if path.is_file():
+                path.read_bytes()
+        wait_until(lambda: root.status(at)["promoted_directories"] == ["."], "all of it is promoted")
+        place.refused("umount", at, *options, says=f"cannot unmount {at}: ")
+        root.do("umount", at)
+
+    @needs_root
     def test_root_unmounts_for_another_user(self, ordinary_place: Place):
         at = ordinary_place.mount()
         Place(current_user(), ordinary_place.path).do("umount", at)
