@@ -7,10 +7,11 @@ Invariants:
 - A chunk is read by a second thread while the one before it is checked, written and summed: the source never waits
   for scratch. For one small file a thread costs more than it gives; such a file is one chunk.
 
-The kernel's own copy is not used. Every copy needs its checksum, and that costs 2 us of a file of 110 KB while it is in
-memory; a kernel's copy would have to be read again. From the page cache to tmpfs, us a file (medians of `python -m
-benchmarks run fetching`): read, sum, write 78; sendfile without a sum 60; copy_file_range 114, with a sum 99. For 4 KB:
-15.3; 14.0; 13.9; 16.3. So at its best the kernel would win 23% of a copy that is never checked, and 9% of a small one.
+The kernel's own copy is not used. Every copy needs its checksum, and that costs 2.0 us of a file of 110 KB while it is
+in memory; a kernel's copy would have to be read again. From the page cache to tmpfs, us a file (medians of
+benchmarks/results/fetching.json): read, sum, write 66.3; copy_file_range and sum 71.9; copy_file_range or sendfile
+alone 58.1 and 57.9. For 4 KB: 14.7; 16.2; 13.5 and 13.7. So the kernel would win 13% of a copy that is never checked,
+and loses 8% with its checksum.
 """
 
 from __future__ import annotations
