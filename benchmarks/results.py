@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -158,8 +157,8 @@ class Run:
         ]
         return cls(**{**content, "results": results})
 
-    def goals(self) -> Iterable[Result]:
-        return (result for result in self.results if result.goal is not None)
+    def goals(self) -> list[Result]:
+        return [result for result in self.results if result.goal is not None]
 
 
 def short(value: float) -> str:
