@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from cachefs.mount.mountinfo import find_mount, read_mounts
+from cachefs.mount.mountinfo import FSTYPE, find_mount, read_mounts
 
 CACHEFS = (sys.executable, "-m", "cachefs")
 
@@ -159,6 +160,24 @@ def mounts_below(folder: Path) -> list[Path]:
 def cachefs_mounts_below(folder: Path) -> list[Path]:
     mounts = [mount for mount in read_mounts() if mount.lease is not None]
     return [mount.path for mount in mounts if folder == mount.path or folder in mount.path.parents]
+
+
+def mount_lines(pid: int | str = "self") -> list[str]:
+    """The lines of a process's mountinfo; names need not be UTF-8."""
+    return Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape").splitlines()
+
+
+def mounts_everywhere(folder: Path) -> list[str]:
+    """The mounts of cachefs with `folder` in their line, in all mount namespaces that this user may look into."""
+    seen, found = set(), []
+    for pid in psutil.pids():
+        with suppress(OSError):
+            view = (os.readlink(f"/proc/{pid}/ns/mnt"), os.readlink(f"/proc/{pid}/root"))
+            if view not in seen:
+                lines = mount_lines(pid)
+                seen.add(view)
+                found += [line for line in lines if f" - {FSTYPE} " in line and str(folder) in line]
+    return found
 
 
 def _plain(argument: object) -> str:

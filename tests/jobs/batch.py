@@ -21,7 +21,7 @@ import pytest
 
 from cachefs.mount.mountinfo import FSTYPE
 from tests.commands.places import User, ordinary_user
-from tests.harness import clean_environment, detach, mounts_below, wait_until
+from tests.harness import clean_environment, detach, mount_lines, mounts_below, wait_until
 from tests.jobs.read_all import digest
 
 READER = Path(__file__).with_name("read_all.py")
@@ -129,8 +129,7 @@ def changed(script: str, **lines: str) -> str:
 
 def shows_cache(pid: int, folder: Path) -> bool:
     """Whether a process sees a mount of cachefs at `folder`."""
-    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
-    return any(f" {folder} " in line and f" - {FSTYPE} " in line for line in lines)
+    return any(f" {folder} " in line and f" - {FSTYPE} " in line for line in mount_lines(pid))
 
 
 def status_in(pid: int, mountpoint: Path) -> dict[str, object]:
@@ -198,17 +197,6 @@ def processes_below(folder: Path) -> list[psutil.Process]:
         if any(str(folder) in word for word in told):
             found.append(process)
     return found
-
-
-def mounts_everywhere(folder: Path) -> list[str]:
-    """The mounts of cachefs at or below `folder`, or with a scratch there, in all mount namespaces."""
-    lines = set()
-    for path in Path("/proc").glob("[0-9]*/mountinfo"):
-        try:
-            lines.update(path.read_text().splitlines())
-        except OSError:
-            continue  # the process has ended
-    return [line for line in lines if f" - {FSTYPE} " in line and str(folder) in line]
 
 
 def entries_of(*folders: Path) -> list[Path]:

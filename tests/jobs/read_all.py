@@ -29,7 +29,8 @@ def digest(folder: Path) -> str:
 
 def is_mounted(folder: Path) -> bool:
     """Whether something is mounted on this very directory."""
-    return any(line.split()[4] == str(folder) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    return any(line.split()[4] == str(folder) for line in lines)
 
 
 def main(directory: str, report: str, status: str = "0") -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import wait_until
+from tests.harness import mounts_everywhere, wait_until
 from tests.jobs.batch import (
     FILES,
     PYTHON,
@@ -19,7 +19,6 @@ from tests.jobs.batch import (
     daemon_of,
     entries_of,
     lab_folder,
-    mounts_everywhere,
     node_settings,
     processes_below,
     shows_cache,

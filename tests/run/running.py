@@ -19,9 +19,8 @@ from typing import Any
 
 import psutil
 
-from cachefs.mount.mountinfo import FSTYPE
 from tests.commands.places import Place
-from tests.harness import CACHEFS, wait_until
+from tests.harness import CACHEFS, mounts_everywhere, wait_until
 
 ACTOR = Path(__file__).with_name("actor.py")
 SECONDS = 60.0
@@ -301,19 +300,6 @@ class JobPlace(Place):
             for file in self.files:
                 file.close()
             assert not left, f"left behind: {left}"
-
-
-def mounts_everywhere(folder: Path) -> list[str]:
-    """The mounts of cachefs below `folder` in all mount namespaces that this user may look into."""
-    seen, found = set(), []
-    for pid in psutil.pids():
-        with suppress(OSError):
-            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-            if namespace not in seen:
-                lines = Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape").splitlines()
-                seen.add(namespace)
-                found += [line for line in lines if f" - {FSTYPE} " in line and str(folder) in line]
-    return found
 
 
 def assert_no_mounts(folder: Path) -> None:

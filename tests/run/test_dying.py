@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from tests.conftest import needs_root
-from tests.harness import wait_until
-from tests.run.running import Job, JobPlace, kill_together, mounts_everywhere, warnings_of
+from tests.harness import mounts_everywhere, wait_until
+from tests.run.running import Job, JobPlace, kill_together, warnings_of
 
 GONE = "is cached no more, because its daemon was killed by SIGKILL: from now on it is read from the source"
 KEEPER_DIED = "cachefs: warning: the keeper of the mounts died: from now on the data are read from the source"

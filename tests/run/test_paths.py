@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands.places import Place
-from tests.harness import CACHEFS
-from tests.run.running import Job, JobPlace, assert_no_mounts, mounts_everywhere, warnings_of
+from tests.harness import CACHEFS, mounts_everywhere
+from tests.run.running import Job, JobPlace, assert_no_mounts, warnings_of
 
 
 def refused(place: JobPlace, *arguments: object, code: int, says: str) -> None:

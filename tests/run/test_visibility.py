@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from tests.conftest import needs_root
-from tests.run.running import JobPlace, mounts_everywhere, namespace_of
+from tests.harness import mount_lines, mounts_everywhere
+from tests.run.running import JobPlace, namespace_of
 
 
 def own_mounts(place: JobPlace) -> list[str]:
-    return [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(place.path) in line]
+    return [line for line in mount_lines() if str(place.path) in line]
 
 
 def test_nobody_else_ever_sees_the_mount(place: JobPlace):
