@@ -13,10 +13,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ ROOT = Path(__file__).parents[1]
 START_SECONDS = 60.0
 END_SECONDS = 20.0
 SETTLE_SECONDS = 60.0
+TMPFS = Path("/dev/shm")
+PLAIN = "plain"
+"""The kind of contender that is a directory without a daemon."""
 
 
 class BenchmarkError(RuntimeError):
@@ -38,11 +42,12 @@ class BenchmarkError(RuntimeError):
 @dataclass(frozen=True)
 class Place:
     """Where a contender works. `source` is what it may cache, slow or not; `local` has the same files on scratch's
-    disk; `folder` is empty, on that disk too, and its own."""
+    disk; `folder` is empty, on that disk too, and its own. `serving` are those that serve beside it."""
 
     source: Path
     local: Path
     folder: Path
+    serving: Mapping[str, Running] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,11 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Running:
-    """A contender that serves at `path`. `status` is what cachefs says of itself, empty for the others."""
+    """A contender that serves at `path`. `status` is what cachefs says of itself, empty for the others; `scratch` is
+    that of cachefs."""
 
     path: Path
+    scratch: Path | None = None
     process: psutil.Process | None = None
     status: Callable[[], dict[str, Any]] = dict
     settle: Callable[[], None] = lambda: None
@@ -110,7 +117,7 @@ def mounted(
             return json.loads(cachefs("status", mountpoint, "--json"))
 
         daemon = psutil.Process(status()["pid"])
-        yield Running(mountpoint, daemon, status, settle=lambda: _wait_for_promotion(status, source))
+        yield Running(mountpoint, scratch, daemon, status, settle=lambda: _wait_for_promotion(status, source))
     finally:
         cachefs("umount", mountpoint, *(["--purge"] if purge else []))
 
@@ -168,7 +175,7 @@ def _served(command: Sequence[object], mountpoint: Path) -> Iterator[Running]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise BenchmarkError(f"{command[0]} does not serve: {log.read_text(errors='replace')[-2000:].strip()}")
             time.sleep(0.01)
-        yield Running(mountpoint, psutil.Process(process.pid))
+        yield Running(mountpoint, process=psutil.Process(process.pid))
     finally:
         _unmount(mountpoint)
         process.terminate()  # else rclone takes its time, half a minute after opens that read nothing
@@ -193,6 +200,31 @@ def _unmount(path: Path, *, lazily: bool = False) -> None:
 
 def _at(choose: Callable[[Place], Path]) -> Callable[[Place, Path], AbstractContextManager[Running]]:
     return lambda place, _: nullcontext(Running(choose(place)))
+
+
+@contextmanager
+def _copied(place: Place, _: Path) -> Iterator[Running]:
+    copy = place.folder / "copy"
+    shutil.copytree(place.local, copy)
+    yield Running(copy)
+    shutil.rmtree(copy)
+
+
+@contextmanager
+def _on_tmpfs(place: Place, _: Path) -> Iterator[Running]:
+    with tempfile.TemporaryDirectory(prefix="cachefs-bench-", dir=TMPFS) as folder:
+        copy = Path(folder, "copy")
+        shutil.copytree(place.local, copy)
+        yield Running(copy)
+
+
+def _promoted_tree(place: Place) -> Path:
+    """What the contender `cachefs` has mounted, in its scratch."""
+    promoted = place.serving.get("cachefs")
+    if promoted is None or promoted.scratch is None:
+        raise BenchmarkError("cachefs-copy needs the contender cachefs beside it")
+    (tree,) = (promoted.scratch / "trees").iterdir()
+    return tree
 
 
 def _rclone_contender(name: str, title: str, program: Path, how_to_get_it: str) -> Contender:
@@ -245,8 +277,15 @@ def _run_passthrough(place: Place, tools: Path) -> AbstractContextManager[Runnin
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("source", "source directly", _at(lambda place: place.source)),
-        Contender("scratch", "scratch directly", _at(lambda place: place.local)),
+        Contender("source", "source directly", _at(lambda place: place.source), kind=PLAIN),
+        Contender("scratch", "scratch directly", _at(lambda place: place.local), kind=PLAIN),
+        Contender("scratch-copy", "another copy in scratch", _copied, kind=PLAIN),
+        Contender("cachefs-copy", "what cachefs has promoted, without the mount", _at(_promoted_tree), kind=PLAIN),
+        Contender(
+            *("tmpfs", "a copy on tmpfs", _on_tmpfs),
+            lambda tools: None if TMPFS.is_dir() else f"{TMPFS} is not there",
+            kind=PLAIN,
+        ),
         _cachefs_contender("cachefs", "cachefs"),
         _cachefs_contender("cachefs-no-promotion", "cachefs, no promotion", "--no-promote"),
         _cachefs_contender("cachefs-prefetch-off", "cachefs, prefetch off", "--prefetch=off"),

@@ -71,7 +71,8 @@ def read_later(
         source = stack.enter_context(stage.slow(data, None))
         serving: dict[str, Running] = {}
         for contender in taking_part:
-            running = serving[contender.name] = stack.enter_context(stage.start(contender, source.path, data))
+            running = stack.enter_context(stage.start(contender, source.path, data, serving))
+            serving[contender.name] = running
             stage.measure(fill, running, data)
             running.settle()
         for repetition in range(stage.repetitions):

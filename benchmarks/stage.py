@@ -13,13 +13,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.contenders import CONTENDERS, BenchmarkError, Contender, Place, Running, detach_below
+from benchmarks.contenders import CONTENDERS, PLAIN, BenchmarkError, Contender, Place, Running, detach_below
 from benchmarks.results import Circumstances, Records
 from cachefs.demo.dataset import make_dataset
 from cachefs.demo.slow_source import SlowSource
@@ -162,8 +162,10 @@ class Stage:
         latency, bandwidth = (conditions.latency_ms / 1e3, conditions.bandwidth_mb_s * 1e6) if conditions else (0, None)
         return SlowSource(backing, self.new_folder(), latency=latency, bandwidth=bandwidth)
 
-    def start(self, contender: Contender, source: Path, local: Path) -> AbstractContextManager[Running]:
-        return contender.run(Place(source, local, self.new_folder()), self.tools)
+    def start(
+        self, contender: Contender, source: Path, local: Path, serving: Mapping[str, Running] | None = None
+    ) -> AbstractContextManager[Running]:
+        return contender.run(Place(source, local, self.new_folder(), serving or {}), self.tools)
 
     def drop_caches(self) -> bool:
         """Empty the page cache, as root; False where that is not permitted, and then the results say so.
@@ -223,7 +225,7 @@ class Stage:
             self.records.add(case, contender.name, quantity, of_unit, value, circumstances)
 
         add("time", unit, measured.seconds * scale)
-        if contender.name not in ("source", "scratch"):
+        if contender.kind != PLAIN:
             add("daemon CPU", unit, measured.daemon_seconds * scale)
         if contender.kind == "cachefs":
             add("worker CPU", unit, measured.worker_seconds * scale)

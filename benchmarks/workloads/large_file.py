@@ -1,6 +1,10 @@
 """One file of 1 GiB: from end to end, 1,000 random reads of 64 KiB in it, and its last 4 KiB right after open.
 
 First reads are of a file of 128 MiB, for which rclone takes long; Debian's takes part at 1 GB/s.
+
+Two local copies of one file differ in how fast they are read from the page cache, as the kernel has found memory for
+them. So for later reads there are controls: another copy in scratch; the very copy that cachefs has promoted, without
+the mount; and one on tmpfs, whose page cache consists of single pages, as that of FUSE does.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.contenders import FIRST
+from benchmarks.contenders import FIRST, LATER
 from benchmarks.phases import compare_first, compare_later, read_first, read_later
 from benchmarks.results import Goal, Result
 from benchmarks.stage import Conditions, Reader, Stage
@@ -25,6 +29,7 @@ FIRST_CASES = {
 LATER_CASES = {"sequential": "later, from end to end", "random": "later, 64 KiB at random places"}
 DROPPED = ", page cache dropped"
 GOALS = {"cachefs": Goal("at most", 1.03), "cachefs-no-promotion": Goal("at most", 1.25)}
+CONTROLS = ("scratch-copy", "cachefs-copy", "tmpfs")
 
 
 def run(stage: Stage) -> list[Result]:
@@ -39,10 +44,16 @@ def run(stage: Stage) -> list[Result]:
     cases = []
     for do, case in LATER_CASES.items():
         fill = Reader("read_files.py", ("--do", "check"))
-        read_later(stage, data, fill, [(reader(stage, do), {})], case=case, dropped_case=case + DROPPED)
+        contenders = (*LATER, *CONTROLS)
+        readings = [(reader(stage, do), {})]
+        read_later(stage, data, fill, readings, contenders=contenders, case=case, dropped_case=case + DROPPED)
         cases += [case, case + DROPPED]
     is_goal = (LATER_CASES["sequential"], LATER_CASES["sequential"] + DROPPED)
     compare_later(stage, cases, lambda result: GOALS.get(result.contender) if result.case in is_goal else None)
+    for case in cases:
+        for contender, control in ("cachefs", "cachefs-copy"), ("cachefs-no-promotion", "tmpfs"):
+            found = [stage.records.find(case, name) for name in (contender, control)]
+            stage.records.compare(case, found[0], found[1], GOALS[contender] if case in is_goal else None)
     return stage.records.results()
 
 

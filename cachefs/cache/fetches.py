@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 LARGE_FILE_BYTES = 32 * 1024 * 1024
 _BEST_FADES = 1.001  # a fetch: a source that has become slower for good is not held against prefetching for ever
+_DEMAND_SECONDS = 2.0  # from its last fetch on, demand counts as over
 
 
 class Fetch:
@@ -107,6 +108,7 @@ class Fetches:
         self._timeout = source_timeout
         self._running: dict[bytes, Fetch] = {}
         self._demand_seconds = self._least_demand_seconds = 0.0
+        self._demand_at = -_DEMAND_SECONDS
         self._large = trio.CapacityLimiter(max(1, pool.size // 2))
 
     def get(self, name: bytes) -> Fetch | None:
@@ -114,8 +116,10 @@ class Fetches:
 
     @property
     def demand_slowdown(self) -> float:
-        """How many times as long as at best the fetches of small files take now that somebody waits for."""
-        return self._demand_seconds / self._least_demand_seconds if self._least_demand_seconds else 1.0
+        """How many times as long as at best the fetches of small files take now that somebody waits for; else 1."""
+        if not self._least_demand_seconds or time.monotonic() - self._demand_at > _DEMAND_SECONDS:
+            return 1.0
+        return self._demand_seconds / self._least_demand_seconds
 
     def start(
         self, name: bytes, path: bytes, version: bytes, earlier: Resident | None, *, ahead: bool = False
@@ -214,7 +218,8 @@ class Fetches:
 
     def _note_demand(self, fetch: Fetch) -> None:
         if fetch.size <= SMALL_FILE_BYTES and not fetch.is_ahead:
-            seconds = time.monotonic() - fetch.started
+            self._demand_at = time.monotonic()
+            seconds = self._demand_at - fetch.started
             self._demand_seconds = 0.8 * (self._demand_seconds or seconds) + 0.2 * seconds
             least = self._least_demand_seconds * _BEST_FADES or self._demand_seconds
             self._least_demand_seconds = min(least, self._demand_seconds)

@@ -1,7 +1,8 @@
 """Fetching ahead of use: files that nobody has asked for yet, as many at once as the source gains from.
 
 Invariants:
-- Demand comes first: some workers are always left to it, and when its fetches take longer, prefetching backs off.
+- Demand comes first: some workers are always left to it, and when its fetches take longer, prefetching backs off: it
+  has fewer fetches under way, and when they are as few as can be, less bandwidth.
 - It takes free room, and never what somebody has asked for; what it has fetched gives way to what is asked for.
 - A file that is on its way is joined by whoever opens it, and never fetched twice.
 """
@@ -9,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -32,6 +34,7 @@ _WINDOW_SECONDS = 0.25
 _GREAT_GAIN, _GAIN, _LOSS = 1.15, 1.03, 0.97
 _SLOWER = 3.0
 """Demand's fetches may take this many times as long as at their best before prefetching is halved."""
+_LEAST_BANDWIDTH = 1024 * 1024  # bytes a second
 _BATCH_SECONDS = 0.015
 _BATCH_FILES = 8
 """Small files go to a worker together (design.md section 6: a file alone costs the daemon some 500 us, 8 together 60 us
@@ -46,10 +49,18 @@ File = tuple[bytes, bytes]
 
 
 class Pace:
-    """How many fetches ahead are under way at once: more while throughput grows, fewer when it does not."""
+    """How many fetches ahead are under way at once: more while throughput grows, fewer when it does not.
+
+    Bandwidth is what they take, unless demand is slow beside the fewest: then it is halved until demand is not, and
+    grows again by half until it is more than that which was too much.
+    """
 
     def __init__(self, fetches: Fetches, most: int) -> None:
         self.limiter = trio.CapacityLimiter(_FIRST)
+        self.bandwidth = math.inf
+        """Bytes a second that may be begun."""
+        self._too_much = math.inf
+        self._begun, self._begun_at = 0, 0.0
         self._fetches = fetches
         self._most = most
         self._direction = _STEP
@@ -66,6 +77,17 @@ class Pace:
             return 1
         return max(1, min(_BATCH_FILES, int(_BATCH_SECONDS / self._file_seconds)))
 
+    async def wait_for_bandwidth(self) -> None:
+        """Return when more may be begun."""
+        while (wait := self._begun_at + self._begun / self.bandwidth - time.monotonic()) > 0:
+            await trio.sleep(min(wait, _WINDOW_SECONDS))
+            if wait > _WINDOW_SECONDS and self._fetches.demand_slowdown <= _SLOWER:  # no fetch may end meanwhile
+                self._raise_bandwidth()
+
+    def begin(self, size: int) -> None:
+        """So many bytes are begun."""
+        self._begun, self._begun_at = size, time.monotonic()
+
     def note(self, files: int, size: int, seconds: float) -> None:
         """So many files, of `size` bytes together, came in `seconds`; adapt when a window is over."""
         each = seconds / files
@@ -78,7 +100,13 @@ class Pace:
 
     def _adapt(self, throughput: float) -> None:
         tokens = int(self.limiter.total_tokens)
-        if self._fetches.demand_slowdown > _SLOWER:
+        is_demand_slow = self._fetches.demand_slowdown > _SLOWER
+        if is_demand_slow and tokens <= _FEWEST:
+            self._too_much = min(throughput, self.bandwidth)
+            self.bandwidth = max(_LEAST_BANDWIDTH, self._too_much / 2)
+        elif self.bandwidth < math.inf:
+            self._raise_bandwidth()
+        elif is_demand_slow:
             tokens //= 2
             self._direction = _STEP
             self._is_searching = False
@@ -91,6 +119,11 @@ class Pace:
             tokens += self._direction
         self._before = throughput
         self.limiter.total_tokens = max(_FEWEST, min(self._most, tokens))
+
+    def _raise_bandwidth(self) -> None:
+        self.bandwidth *= 1.5
+        if self.bandwidth > self._too_much:
+            self.bandwidth = math.inf
 
 
 class Prefetch:
@@ -125,7 +158,9 @@ class Prefetch:
                         except trio.EndOfChannel:
                             return
                         await self._pace.limiter.acquire()
+                        await self._pace.wait_for_bandwidth()
                         batch = [first, *self._more(files)]
+                        self._pace.begin(sum(size_of(attributes) for _, attributes in batch))
                     try:
                         outcomes = await self._fetch(batch)
                     finally:

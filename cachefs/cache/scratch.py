@@ -142,7 +142,7 @@ def _open_own_directory(path: Path) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        if error.errno == errno.ELOOP or path.is_symlink():
+        if error.errno == errno.ELOOP or os.path.islink(path):
             reason = "is a symbolic link"
         elif error.errno == errno.ENOTDIR:
             reason = "is not a directory"

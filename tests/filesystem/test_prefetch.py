@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 
+import pytest
 import trio
 
-from cachefs.cache.prefetch import FETCHED, FULL, RESIDENT, Prefetch
+import cachefs.cache.fetches as fetches_module
+import cachefs.cache.prefetch as prefetch_module
+from cachefs.cache.fetches import Fetch
+from cachefs.cache.prefetch import FETCHED, FULL, RESIDENT, Pace, Prefetch
 from tests.filesystem.fakes import World, until
 from tests.filesystem.test_metadata import in_world
 
@@ -97,5 +102,77 @@ def test_one_that_waits_for_names_holds_up_no_other(tmp_path):
             outcomes = await fetch_all(made, prefetch, names)
             assert set(outcomes.values()) == {FETCHED}
             sending.close()
+
+    in_world(tmp_path, do)
+
+
+class Demand:
+    """How demand fares, as `Pace` asks."""
+
+    demand_slowdown = 1.0
+
+
+def test_bandwidth_gives_way_to_demand_when_concurrency_cannot_and_comes_back(monkeypatch):
+    """1 MB in each window of 0.25 s."""
+    now = 0.0
+    monkeypatch.setattr(prefetch_module.time, "monotonic", lambda: now)
+    demand = Demand()
+    pace = Pace(demand, 12)
+
+    def go_on(windows: int) -> None:
+        nonlocal now
+        for _ in range(windows):
+            now += 0.25
+            pace.note(1, 1_000_000, 0.1)
+
+    demand.demand_slowdown = 4.0
+    go_on(1)
+    assert (pace.limiter.total_tokens, pace.bandwidth) == (3, math.inf)
+    go_on(1)
+    assert (pace.limiter.total_tokens, pace.bandwidth) == (2, math.inf)
+    go_on(1)
+    assert pace.bandwidth == pytest.approx(2_100_000, rel=0.05)
+    go_on(3)
+    assert pace.bandwidth == 1024 * 1024
+    assert pace.limiter.total_tokens == 2
+    demand.demand_slowdown = 1.0
+    go_on(10)
+    assert pace.bandwidth == math.inf
+
+
+def test_no_more_is_begun_than_the_bandwidth_allows():
+    """After 1 GB of a bandwidth of 1 MB/s nothing begins while demand is slow, and soon when it is over."""
+
+    async def do() -> None:
+        demand = Demand()
+        pace = Pace(demand, 12)
+        await pace.wait_for_bandwidth()
+        pace.begin(1_000_000_000)
+        await pace.wait_for_bandwidth()
+        pace.bandwidth = 1e6
+        demand.demand_slowdown = 4.0
+        with trio.move_on_after(0.3) as waiting:
+            await pace.wait_for_bandwidth()
+        assert waiting.cancelled_caught
+        demand.demand_slowdown = 1.0
+        pace._too_much = 1.2e6
+        await pace.wait_for_bandwidth()
+        assert pace.bandwidth == math.inf
+
+    trio.run(do)
+
+
+def test_demand_that_is_over_slows_nothing(tmp_path, monkeypatch):
+    async def do(made):
+        fetches = made.fetches
+        for seconds in (0.01, 1.0, 1.0):
+            fetch = Fetch(b"name", b"path", bytes(64))
+            fetch.started -= seconds
+            fetches._note_demand(fetch)
+        assert fetches.demand_slowdown > 3
+        later = fetches_module.time.monotonic() + 3
+        monkeypatch.setattr(fetches_module.time, "monotonic", lambda: later)
+        assert fetches.demand_slowdown == 1.0
+        monkeypatch.undo()
 
     in_world(tmp_path, do)
