@@ -53,7 +53,7 @@ def run(stage: Stage) -> list[Result]:
     for case in cases:
         for contender, control in ("cachefs", "cachefs-copy"), ("cachefs-no-promotion", "tmpfs"):
             found = [stage.records.find(case, name) for name in (contender, control)]
-            stage.records.compare(case, found[0], found[1], GOALS[contender] if case in is_goal else None)
+            stage.records.compare(case, found[0], found[1], GOALS[contender] if case == is_goal[0] else None)
     return stage.records.results()
 
 
