@@ -55,6 +55,10 @@ class StorageError(OSError):
     """Scratch failed (full, read-only, damaged). A reader never sees it: the source serves instead."""
 
 
+class ChangedCopyError(StorageError):
+    """A copy in scratch is not as we left it: of another size or time, or not a regular file."""
+
+
 class WorkerDiedError(OSError):
     """A worker process ended while it worked. Its errno is EIO."""
 

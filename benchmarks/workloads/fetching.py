@@ -21,7 +21,7 @@ from benchmarks.results import Circumstances, Result
 from benchmarks.stage import Stage, rotated
 from cachefs.cache.copying import CopyHandlers
 from cachefs.cache.storage import NAME_BYTES, Storage
-from cachefs.source.attributes import pack_stat, version_of
+from cachefs.source.attributes import mtime_of, pack_stat, version_of
 from cachefs.source.handlers import read_exactly
 from cachefs.source.tree import SourceTree
 
@@ -214,6 +214,8 @@ def _time_steps(tree: SourceTree, storage: Storage, files: list[File]) -> dict[s
         at = note("write", at)
         xxhash.xxh3_64_digest(data)
         at = note("checksum", at)
+        os.utime(staged, ns=(mtime_of(version),) * 2)
+        at = note("give it the time of the source", at)
         storage.commit(name)
         at = note("rename", at)
         os.close(staged)

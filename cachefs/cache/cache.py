@@ -16,9 +16,9 @@ from cachefs.cache.fetches import Fetch, Fetches
 from cachefs.cache.files import OpenFile, ScratchReader
 from cachefs.cache.residency import Residency, Resident
 from cachefs.cache.storage import Storage
-from cachefs.errors import SourceError, StorageError
+from cachefs.errors import ChangedCopyError, SourceError, StorageError
 from cachefs.metrics import Metrics
-from cachefs.source.attributes import size_of, version_of
+from cachefs.source.attributes import mtime_of, size_of, version_of
 from cachefs.source.client import Source
 
 log = logging.getLogger(__name__)
@@ -60,23 +60,31 @@ class Cache:
         """
         version = version_of(attributes)
         name = self._residency.name_of(path, version)
-        fd = self._open_resident(name, path, version)
+        is_changed = False
+        try:
+            fd = self._open_resident(name, path, version)
+        except ChangedCopyError as error:
+            log.warning("changed copy checked path=%r copy=%s", path, error.filename)
+            fd, is_changed = None, True
         if fd is not None:
             self._metrics.hits += 1
             self._metrics.hit_bytes += size_of(version)
             self._scratch_reader.expect(fd, size_of(version))
             return self._file(name, path, version, fd=fd)
         with self._metrics.waiting():
-            return await self._open_missing(name, path, version)
+            return await self._open_missing(name, path, version, is_changed=is_changed)
 
-    async def _open_missing(self, name: bytes, path: bytes, version: bytes) -> OpenFile:
-        """Open a file that is not resident: fetch it, join its fetch, or have the source serve it."""
+    async def _open_missing(self, name: bytes, path: bytes, version: bytes, *, is_changed: bool) -> OpenFile:
+        """Open a file that is not resident: fetch it, join its fetch, or have the source serve it.
+
+        `is_changed`: there is a copy, and it is not as it was left.
+        """
         fetch = self._fetches.get(name)
         if fetch is None:
             with trio.move_on_after(_INDEX_PATIENCE):
                 await self._residency.loaded.wait()
             if self._residency.loaded.is_set():
-                fetch = await self._start_fetch(name, path, version)
+                fetch = await self._start_fetch(name, path, version, is_changed=is_changed)
         if fetch is not None:
             with trio.move_on_after(_OPEN_PATIENCE):
                 while not (fetch.is_open or fetch.is_over):
@@ -104,7 +112,9 @@ class Cache:
     def _open_resident(self, name: bytes, path: bytes, version: bytes) -> int | None:
         known = self._residency.get(name)
         try:
-            fd = self._storage.open(name)
+            fd = self._storage.open_unchanged(name, size_of(version), mtime_of(version))
+        except ChangedCopyError:
+            raise
         except StorageError as error:
             log.warning("scratch failed path=%r copy=%s error=%r", path, name.hex(), error.strerror)
             return None
@@ -116,10 +126,10 @@ class Cache:
             self._residency.discard(name)
         return fd
 
-    async def _start_fetch(self, name: bytes, path: bytes, version: bytes) -> Fetch | None:
+    async def _start_fetch(self, name: bytes, path: bytes, version: bytes, *, is_changed: bool) -> Fetch | None:
         """The fetch of a file that is not resident, a new one or somebody else's; None if there is no room."""
         self._residency.supersede(name)
-        earlier = self._earlier(name)
+        earlier = self._changed(name, version) if is_changed else self._earlier(name)
         if earlier is None and not await self._capacity.try_reserve(size_of(version)):
             return None
         fetch = self._fetches.get(name)
@@ -133,6 +143,12 @@ class Cache:
         """A copy from before the machine's last boot, which a fetch checks before it is believed."""
         known = self._residency.get(name)
         return known if known is not None and known.boot != self._storage.boot else None
+
+    def _changed(self, name: bytes, version: bytes) -> Resident:
+        """A copy of this boot that has changed, to be checked as one of an earlier boot is."""
+        known = self._residency.get(name)
+        checksum = known.checksum if known is not None else b""
+        return Resident(name, size_of(version), checksum, self._storage.boot)
 
     def _file(
         self, name: bytes, path: bytes, version: bytes, fd: int | None = None, fetch: Fetch | None = None

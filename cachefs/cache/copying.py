@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import stat
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -26,9 +27,9 @@ from contextlib import contextmanager, suppress
 
 import xxhash
 
-from cachefs.cache.storage import Storage
+from cachefs.cache.storage import NOT_A_FILE, Storage
 from cachefs.errors import SourceChangedError, StorageError
-from cachefs.source.attributes import is_same_content, pack_stat, size_of, version_of
+from cachefs.source.attributes import is_same_content, mtime_of, pack_stat, size_of, version_of
 from cachefs.source.handlers import file_errors, open_version, read_exactly
 from cachefs.source.tree import SourceTree
 from cachefs.workers.protocol import Handler, describe_error
@@ -48,7 +49,7 @@ _STANDSTILL_SECONDS = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05  # seconds between looks at a copy that another mount makes
 
 COPIED, FOUND, REVIVED, DROPPED = "copied", "found", "revived", "dropped"
-"""How a fetch ended: copied from the source; another mount had it; an earlier boot's copy proved whole; or did not,
+"""How a fetch ended: copied from the source; another mount had it; a copy that was doubted proved whole; or did not,
 so that it was dropped and nothing was copied."""
 
 FetchResult = tuple[str, bytes, int]
@@ -91,7 +92,7 @@ class CopyHandlers:
     ) -> Generator[int, None, FetchResult]:
         """Bring `path` of `version` into scratch as `name`; yield the frontier (0 once the source file is open).
 
-        With an `earlier_boot` it is only looked whether the copy of that boot is good.
+        With an `earlier_boot` it is only looked whether the copy of that boot is good (this one's: one that changed).
         """
         pause = _FIRST_PAUSE
         frontier, moved_at = -1, time.monotonic()
@@ -104,16 +105,17 @@ class CopyHandlers:
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE)
         try:
-            if self._storage.has(name):
+            if earlier_boot != self._storage.boot and self._storage.has(name):
                 self._storage.discard_held(name)
                 return FOUND, b"", 0
             if earlier_boot:
                 try:
-                    return self._revive(name, earlier_boot, earlier_checksum)
+                    return self._revive(name, version, earlier_boot, earlier_checksum)
                 finally:
                     self._storage.discard_held(name)
             try:
                 checksum = yield from self._copy(staged, name, path, version)
+                _mark(staged, version)
                 self._storage.commit(name)
             except BaseException:
                 self._storage.discard_held(name)
@@ -136,20 +138,38 @@ class CopyHandlers:
             except OSError as error:
                 yield number, None, describe_error(error)
 
-    def _revive(self, name: bytes, boot: str, checksum: bytes) -> FetchResult:
-        """Take over a copy from before the last boot if its content is what was written; drop it if not."""
-        fd = self._storage.open_earlier(name, boot)
+    def _revive(self, name: bytes, version: bytes, boot: str, checksum: bytes) -> FetchResult:
+        """Take over a copy from before the last boot, or one that changed, if its content is what was written.
+
+        Else it is dropped.
+        """
+        if self._is_whole(name, version, boot, checksum):
+            self._storage.adopt(name, boot)
+            return REVIVED, checksum, 0
+        return DROPPED, b"", size_of(version) if self._storage.drop(name, boot) else 0
+
+    def _is_whole(self, name: bytes, version: bytes, boot: str, checksum: bytes) -> bool:
+        try:
+            fd = self._storage.open_earlier(name, boot)
+        except StorageError as error:
+            if error.errno in NOT_A_FILE:
+                return False
+            raise
         if fd is None:
-            return DROPPED, b"", 0
+            return False
         try:
             with storage_errors(name):
-                is_whole = checksum_of(fd) == checksum
+                status = os.fstat(fd)
+                if (
+                    not stat.S_ISREG(status.st_mode)
+                    or status.st_size != size_of(version)
+                    or checksum_of(fd) != checksum
+                ):
+                    return False
+                _mark(fd, version)
+                return True
         finally:
             os.close(fd)
-        if not is_whole:
-            return DROPPED, b"", max(0, self._storage.remove(name, boot))
-        self._storage.adopt(name, boot)
-        return REVIVED, checksum, 0
 
     def _copy(self, staged: int, name: bytes, path: bytes, version: bytes) -> Generator[int, None, bytes]:
         size = size_of(version)
@@ -221,6 +241,13 @@ class CopyHandlers:
 
 
 _ZEROS = bytes(1024 * 1024)
+
+
+def _mark(fd: int, version: bytes) -> None:
+    """Give a copy its source's mtime, by which it is known as unchanged."""
+    mtime_ns = mtime_of(version)
+    with suppress(OSError):  # a file system that cannot have it: then each open has the checksum compared
+        os.utime(fd, ns=(mtime_ns, mtime_ns))
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

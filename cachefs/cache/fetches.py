@@ -31,6 +31,10 @@ _BEST_FADES = 1.001  # a fetch: a source that has become slower for good is not 
 _DEMAND_SECONDS = 2.0  # from its last fetch on, demand counts as over
 
 
+_OF_ONE_FILE = (errno.EBUSY, errno.EFBIG)
+"""Errors of scratch that say nothing of other files."""
+
+
 class Fetch:
     """One file's way into scratch. `frontier` counts the bytes that are there; `error` says why it failed."""
 
@@ -126,8 +130,8 @@ class Fetches:
     ) -> Fetch:
         """Begin a fetch; `ahead` if nobody has asked for it.
 
-        The caller has reserved its size, unless an `earlier` boot's copy, counted as stored, has its place: it is taken
-        over if it proves whole, and makes room for a new copy if not.
+        The caller has reserved its size, unless an `earlier` copy, counted as stored, has its place, of another boot or
+        changed: it is taken over if it proves whole, and makes room for a new copy if not.
         """
         fetch = self._running[name] = Fetch(name, path, version, is_ahead=ahead)
         self._nursery.start_soon(self._run, fetch, earlier)
@@ -227,14 +231,14 @@ class Fetches:
     def _fail(self, fetch: Fetch, error: OSError) -> None:
         self._metrics.fetch_errors += 1
         self._metrics.source_bytes_read += fetch.frontier
-        if isinstance(error, StorageError) and error.errno != errno.EBUSY:
+        if isinstance(error, StorageError) and error.errno not in _OF_ONE_FILE:
             self._capacity.suspend()
         level = logging.INFO if isinstance(error, SourceError) else logging.WARNING
         log.log(level, "fetch failed path=%r error=%r", fetch.path, describe(error))
         fetch.finish(error)
 
     async def _revive(self, fetch: Fetch, earlier: Resident) -> bool:
-        """Take over the copy of an earlier boot if it proves whole."""
+        """Take over an earlier copy if it proves whole."""
         how, checksum, dropped = await self._run_job(fetch, earlier.boot, earlier.checksum)
         if how == DROPPED:
             self._residency.discard(fetch.name)

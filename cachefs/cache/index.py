@@ -8,13 +8,15 @@ last used. So a lost or locked index costs time, never a wrong byte.
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from cachefs.cache.storage import Storage
 from cachefs.errors import StorageError
@@ -37,6 +39,22 @@ BUSY_SECONDS = 60.0
 """How long to wait for another mount's transaction."""
 _ROWS_A_MESSAGE = 1000
 _VICTIMS_A_MESSAGE = 500
+
+
+class IndexDamagedError(StorageError):
+    """What lies there is no database, or one with faults."""
+
+
+class Recorded(NamedTuple):
+    """What is recorded of one file: `checksum` and `path` (of the source) are b"" where they are not known."""
+
+    size: int
+    checksum: bytes
+    boot: str
+    path: bytes
+
+
+_COLUMNS = {"name", "dataset", "size", "checksum", "boot", "path", "last_used"}
 
 FileRow = tuple[bytes, int, bytes, str, bytes, int]
 """What is recorded of a file: (name, size in bytes, checksum, boot, path, last use in ns since the epoch)."""
@@ -65,15 +83,52 @@ def create_tables(db: sqlite_utils.Database) -> None:
     files.create_index(["dataset", "last_used"])
 
 
+def read_index(path: Path) -> dict[bytes, Recorded]:
+    """What the index at `path` says of every file, by name; nothing without an index. It is not changed.
+
+    Raises IndexDamagedError, and StorageError for one that cannot be read.
+    """
+    if not path.exists():
+        return {}
+    try:
+        connection = sqlite3.connect(f"file:{quote(os.fspath(path))}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+        try:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise IndexDamagedError(errno.EIO, found, "index.db")
+            columns = {name for _, name, *_ in connection.execute("PRAGMA table_info(files)")}
+            if columns != _COLUMNS:
+                raise IndexDamagedError(errno.EIO, "its tables are not those of this cachefs", "index.db")
+            rows = connection.execute(
+                "SELECT name, size, ifnull(checksum, x''), boot, ifnull(path, x''), ifnull(source, x'')"
+                " FROM files LEFT JOIN datasets ON dataset = id"
+            )
+            return {
+                name: Recorded(size, checksum, boot, os.path.join(source, path) if source else path)
+                for name, size, checksum, boot, path, source in rows
+            }
+        finally:
+            connection.close()
+    except sqlite3.OperationalError as error:
+        raise StorageError(errno.EIO, str(error), "index.db") from error
+    except sqlite3.DatabaseError as error:
+        raise IndexDamagedError(errno.EIO, str(error), "index.db") from error
+
+
 class Index:
     """The open index of a scratch directory."""
 
     def __init__(self, path: Path) -> None:
+        """Raises sqlite3.OperationalError for one that cannot be used now, DatabaseError for one that never can."""
         connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        migrations.apply(sqlite_utils.Database(connection))
         self._connection = connection
+        if self._columns("files") and not self._columns("_sqlite_migrations"):
+            raise sqlite3.DatabaseError("its tables were not made by cachefs")
+        migrations.apply(sqlite_utils.Database(connection))
+        if self._columns("files") != _COLUMNS:
+            raise sqlite3.DatabaseError("its tables are of another version of cachefs")
 
     def close(self) -> None:
         self._connection.close()
@@ -154,6 +209,9 @@ class Index:
             )
         return total, files
 
+    def _columns(self, table: str) -> set[str]:
+        return {name for _, name, *_ in self._connection.execute(f"PRAGMA table_info({table})")}
+
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
         self._connection.execute("BEGIN IMMEDIATE")
@@ -163,6 +221,12 @@ class Index:
             self._connection.execute("ROLLBACK")
             raise
         self._connection.execute("COMMIT")
+
+
+def remove_index(path: Path) -> None:
+    """Drop a damaged index: it is made anew, and the files on disk tell what they are, but for their checksums."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 class IndexHandlers:
@@ -198,10 +262,8 @@ class IndexHandlers:
         return self._opened
 
     def _remove(self) -> None:
-        """Drop a damaged index: it is made anew, and the files on disk tell what they are, but for their checksums."""
         self.close()
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+        remove_index(self._path)
 
     def _reconcile(self) -> Generator[Any, None, tuple[int, int]]:
         """Only while no other mount uses the scratch."""

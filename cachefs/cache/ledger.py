@@ -98,6 +98,13 @@ class Ledger:
         with self._locked():
             self._write_header(size, files)
 
+    def reset(self, size: int, files: int) -> None:
+        """The count, freshly made while no mount is there at all: nothing is reserved."""
+        with self._locked():
+            for number, _ in enumerate(self._slots()):
+                self._write_slot(number, b"", 0)
+            self._write_header(size, files)
+
     def stored(self) -> tuple[int, int]:
         """(bytes, files) that are complete in scratch."""
         _, size, files, *_ = _HEADER.unpack_from(self._map)

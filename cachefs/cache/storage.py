@@ -6,24 +6,30 @@ Invariants:
   it; whoever removes one takes an exclusive lock first. So nothing that is open is removed, by any mount.
 - The size of a staged file is the frontier: bytes below it are there and are of the right version.
 - A file of this boot that has a second name is in a tree (see `trees`), and is not removed either.
+- A complete file has the mtime that it was given, its source's. Whoever writes to it changes that, and is found out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
+import secrets
+import stat
 from collections.abc import Iterator
 
-from cachefs.errors import StorageError
+from cachefs.errors import ChangedCopyError, StorageError
 
 KEY_BYTES = 16
 NAME_BYTES = 24
 """A name is the file's key (which path of which dataset) and 8 bytes for its version."""
 
 _NAME, _PREFIX, _BOOT = re.compile(r"[0-9a-f]{48}"), re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{32}")
-_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOATIME
+NOT_A_FILE = (errno.ELOOP, errno.ENXIO)
+"""Errors of opening what is a symbolic link or a socket."""
+_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOATIME  # a FIFO would block
 
 
 class Storage:
@@ -49,17 +55,37 @@ class Storage:
         """
         return self._open_locked(_relative(name), self._current)
 
+    def open_unchanged(self, name: bytes, size: int, mtime_ns: int) -> int | None:
+        """The same. Raises ChangedCopyError if it has not this size (bytes) and mtime, or is no regular file."""
+        try:
+            fd = self.open(name)
+        except StorageError as error:
+            if error.errno in NOT_A_FILE:
+                raise ChangedCopyError(0, "it is not as it was left", name.hex()) from None
+            raise
+        if fd is not None:
+            status = os.fstat(fd)
+            is_same = status.st_size == size and is_same_time(status.st_mtime_ns, mtime_ns)
+            if not is_same or not stat.S_ISREG(status.st_mode):
+                os.close(fd)
+                raise ChangedCopyError(0, "it is not as it was left", name.hex())
+        return fd
+
     def open_earlier(self, name: bytes, boot: str) -> int | None:
         """A descriptor of a file that was written before the machine's last boot, or None."""
         return self._open_locked(f"{boot}/{_relative(name)}", self._files)
 
     def adopt(self, name: bytes, boot: str) -> None:
-        """Take a file of an earlier boot, whose content was checked, as one of this boot."""
-        self._into_current(f"{boot}/{_relative(name)}", self._files, name)
+        """Take a file, whose content was checked, as one of this boot."""
+        if boot != self.boot:
+            self._into_current(f"{boot}/{_relative(name)}", self._files, name)
 
-    def link(self, name: bytes, directory: int, new_name: bytes) -> int | None:
+    def link(self, name: bytes, directory: int, new_name: bytes, size: int, mtime_ns: int) -> int | None:
         """Give a complete file a second name. Its locked descriptor, or None if there is no such file."""
-        fd = self.open(name)
+        try:
+            fd = self.open_unchanged(name, size, mtime_ns)
+        except ChangedCopyError:  # whoever opens it next has it mended
+            return None
         if fd is None:
             return None
         try:  # whoever removes it needs the lock, so it is still the same file
@@ -97,6 +123,23 @@ class Storage:
             raise _storage_error(error, name) from error
         finally:
             os.close(fd)
+
+    def drop(self, name: bytes, boot: str) -> bool:
+        """Take away what bears the name of a complete file and is not what it should be, also while it is in use.
+
+        Whether it was there. A directory is not ours: it is set aside in staging, where a purge finds it.
+        """
+        path = f"{boot}/{_relative(name)}"
+        try:
+            os.unlink(path, dir_fd=self._files)
+        except FileNotFoundError:
+            return False
+        except IsADirectoryError:
+            aside = f"strange-{secrets.token_hex(8)}"
+            os.rename(path, aside, src_dir_fd=self._files, dst_dir_fd=self._staging)
+        except OSError as error:
+            raise _storage_error(error, name) from error
+        return True
 
     def stage(self, name: bytes) -> int | None:
         """A descriptor of an empty staged file, locked; None while somebody else copies it."""
@@ -145,7 +188,11 @@ class Storage:
             return 0
 
     def has(self, name: bytes, boot: str | None = None) -> bool:
-        return os.access(f"{boot or self.boot}/{_relative(name)}", os.F_OK, dir_fd=self._files)
+        try:
+            status = os.stat(f"{boot or self.boot}/{_relative(name)}", dir_fd=self._files, follow_symlinks=False)
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode)
 
     def commit(self, name: bytes) -> None:
         """Make a staged file a complete one."""
@@ -178,20 +225,32 @@ class Storage:
             os.close(fd)
         return True
 
+    def staged(self) -> list[bytes]:
+        """The names of all staged files."""
+        return [bytes.fromhex(text) for text in os.listdir(self._staging) if _NAME.fullmatch(text)]
+
     def discard_abandoned(self) -> None:
         """Drop every staged file that nobody copies."""
-        for text in os.listdir(self._staging):
-            if _NAME.fullmatch(text):
-                self.discard_staged(bytes.fromhex(text))
+        for name in self.staged():
+            self.discard_staged(name)
 
     def scan(self) -> Iterator[tuple[bytes, str, int]]:
         """(name, boot, size in bytes) of every complete file; some 3 us each."""
+        for boot, file in self._entries():
+            if file.is_file(follow_symlinks=False):
+                yield bytes.fromhex(file.name), boot, file.stat(follow_symlinks=False).st_size
+
+    def scan_strange(self) -> Iterator[tuple[bytes, str]]:
+        """(name, boot) of whatever bears the name of a file and is none: it was not made by us."""
+        for boot, file in self._entries():
+            if not file.is_file(follow_symlinks=False):
+                yield bytes.fromhex(file.name), boot
+
+    def _entries(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
         for boot in filter(_BOOT.fullmatch, os.listdir(self._files)):
             for prefix in filter(_PREFIX.fullmatch, os.listdir(f"/proc/self/fd/{self._files}/{boot}")):
                 with os.scandir(f"/proc/self/fd/{self._files}/{boot}/{prefix}") as files:
-                    for file in files:
-                        if _NAME.fullmatch(file.name) and file.is_file(follow_symlinks=False):
-                            yield bytes.fromhex(file.name), boot, file.stat(follow_symlinks=False).st_size
+                    yield from ((boot, file) for file in files if _NAME.fullmatch(file.name))
 
     def space(self) -> tuple[int, int]:
         """(bytes available to us, bytes in all) of the file system."""
@@ -225,6 +284,16 @@ class Storage:
                 os.rename(path, target, src_dir_fd=directory, dst_dir_fd=self._current)
         except OSError as error:
             raise _storage_error(error, name) from error
+
+
+def is_same_time(stored: int, given: int) -> bool:
+    """Whether a file system that was given a time, in ns, has `stored` it: some keep 100 ns, some 2 s."""
+    if stored == given:
+        return True
+    for coarse, step in (10**9, 2 * 10**9), (10**6, 10**6), (1000, 1000), (100, 100):
+        if stored % coarse == 0:
+            return abs(stored - given) < step
+    return False
 
 
 def _text(name: bytes) -> str:

@@ -167,7 +167,7 @@ class TreeHandlers:
     def _plant_file(self, directory: int, name: bytes, stored: bytes, attributes: Attributes) -> str:
         if stored:
             try:
-                fd = self._storage.link(stored, directory, name)
+                fd = self._storage.link(stored, directory, name, attributes.size, attributes.mtime_ns)
             except StorageError as error:
                 if error.errno == errno.EMLINK:
                     return REFUSED
@@ -178,8 +178,6 @@ class TreeHandlers:
             flags = os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = os.open(name, flags, 0o600, dir_fd=directory)
         try:
-            if stored and os.fstat(fd).st_size != attributes.size:
-                return REFUSED
             return "" if self._dress(fd, attributes) else REFUSED
         finally:
             os.close(fd)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,13 +12,13 @@ import click
 
 from cachefs.cli.options import nonempty_path
 from cachefs.cli.printing import complain, count, say
+from cachefs.cli.progress import progress_shown
 from cachefs.config import format_size
 from cachefs.errors import CachefsError, UsageError
 from cachefs.mount.control_client import ask_for_all
 from cachefs.mount.mountinfo import Mount
 from cachefs.mount.unmount import find_our_mount, live_lease, scratch_of
 
-_LINE_SECONDS = 5.0
 INTERRUPTED = 130
 
 
@@ -41,7 +39,7 @@ def warm(mountpoint: Path, paths: tuple[Path, ...]) -> None:
         if lease is None:
             raise CachefsError("the daemon of this mount has died", f"unmount it with: cachefs umount {mount.path}")
         with closing(ask_for_all(scratch, lease.id, {"command": "warm", "paths": wanted})) as replies:
-            last = _follow_bar(replies) if sys.stderr.isatty() else _follow_lines(replies)
+            last = _follow(replies)
     except KeyboardInterrupt:
         complain("interrupted: what was fetched stays")
         raise SystemExit(INTERRUPTED) from None
@@ -59,42 +57,14 @@ def _relative(mountpoint: Path, path: Path) -> str:
     return "" if inside == "." else inside
 
 
-def _follow_lines(replies: Generator[dict[str, Any], None, None]) -> dict[str, Any]:
-    """A line now and then, on stderr; the last reply."""
-    said = time.monotonic()
-    for reply in replies:
-        if reply.get("finished"):
-            return reply
-        if time.monotonic() - said >= _LINE_SECONDS:
-            said = time.monotonic()
-            of = f"of {reply['found_files']:,}" if reply["is_counted"] else f"of {reply['found_files']:,} and more"
-            complain(f"{reply['done_files']:,} {of} files, {format_size(reply['done_bytes'])}")
-    raise AssertionError("unreachable: without a last reply ask_for_all raises")
-
-
-def _follow_bar(replies: Generator[dict[str, Any], None, None]) -> dict[str, Any]:
-    """A progress bar on the terminal; the last reply."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.fields[files]}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None, files="")
+def _follow(replies: Generator[dict[str, Any], None, None]) -> dict[str, Any]:
+    """Show how far it is; the last reply."""
+    with progress_shown() as show:
         for reply in replies:
             if reply.get("finished"):
                 return reply
-            bar.update(
-                task,
-                total=reply["found_bytes"] if reply["is_counted"] else None,
-                completed=reply["done_bytes"],
-                files=f"{reply['done_files']:,} of {reply['found_files']:,} files",
-            )
+            done, found = ((reply[f"{which}_files"], reply[f"{which}_bytes"]) for which in ("done", "found"))
+            show(*done, *found, reply["is_counted"])
     raise AssertionError("unreachable: without a last reply ask_for_all raises")
 
 

@@ -210,7 +210,8 @@ class FileSystem:
         """The entry of a path relative to the source, b"" for its root. Raises FileNotFoundError and SourceError."""
         node: Node | None = self.inodes.root
         for name in path.split(b"/") if path else ():
-            node = None if node is None or name in (b"", b".", b"..") else await self.lookup(node.inode, name)
+            is_name = name not in (b"", b".", b"..") and b"\0" not in name
+            node = await self.lookup(node.inode, name) if node is not None and is_name else None
         if node is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return await self.getattr(node.inode)

@@ -55,7 +55,7 @@ async def serve_control(
                         return await streams[name](request, send)
                     command = commands.get(name)
                     reply = command(request) if command else {"error": f"unknown command {name!r}"}
-                except (ValueError, AttributeError, KeyError, TypeError) as error:
+                except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
                     reply = {"error": f"not a request: {error}"}
                 await send(reply)
             except trio.BrokenResourceError:

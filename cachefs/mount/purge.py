@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def purge(path: Path) -> Purged:
             if live:
                 mounts = ", ".join(record.mountpoint for record in live)
                 raise ScratchInUseError(f"scratch {path} is in use by {mounts}", "unmount first, with cachefs umount")
+            with suppress(FileNotFoundError):  # first: a count that is missing is made afresh, if we get no further
+                os.unlink("ledger", dir_fd=scratch.fd)
             _fell_trees(scratch, path, here)
             files, size = 0, 0
             for name in DIRECTORIES:

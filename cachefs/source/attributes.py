@@ -69,6 +69,11 @@ def size_of(version: bytes) -> int:
     return int.from_bytes(version[:8], "little", signed=True)
 
 
+def mtime_of(version: bytes) -> int:
+    """The time of the last change, in ns since the epoch, that a version (or packed attributes) carries."""
+    return int.from_bytes(version[8:16], "little", signed=True)
+
+
 def is_same_content(before: bytes, now: bytes) -> bool:
     """Whether an open file still has the content that it had: packed attributes `before` and `now` of one descriptor.
 

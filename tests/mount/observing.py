@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,38 @@ def stored_files(scratch: Path) -> dict[str, int]:
         sizes.update(_sizes(folder, names))
     sizes.update(_sizes(scratch / "staging", os.listdir(scratch / "staging")))
     return sizes
+
+
+def stored_bytes(scratch: Path) -> int:
+    """What complete and staged files take together at some moment, or less: a look at all of them takes a while, so
+    only those count that are there in two looks, one after the other.
+    """
+    first, second = stored_files(scratch), stored_files(scratch)
+    return sum(min(size, second[path]) for path, size in first.items() if path in second)
+
+
+class Watch:
+    """Samples how much lies in scratch, from outside, while its block runs."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.largest = 0
+        self.samples = 0
+        self._scratch = scratch
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._ended.is_set():
+            self.largest = max(self.largest, stored_bytes(self._scratch))
+            self.samples += 1
 
 
 def _sizes(folder: str | Path, names: list[str]) -> dict[str, int]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.conftest import needs_root
-from tests.mount.observing import counters, opens, stored_files
+from tests.mount.observing import Watch, counters, opens, stored_files
 
 SIZE = 100_000
 TEN_FILES = str(10 * SIZE)
@@ -42,32 +41,6 @@ def kinds_of(cache, numbers):
             kind for kind, b, a in zip(("hit", "miss", "bypass"), before, after, strict=True) for _ in range(a - b)
         ]
     return kinds
-
-
-class Watch:
-    """Samples how much lies in scratch, from outside. A sample counts if nothing changed while it was taken."""
-
-    def __init__(self, scratch):
-        self.largest = 0
-        self.samples = 0
-        self._scratch = scratch
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._ended.set()
-        self._thread.join()
-
-    def _sample(self):
-        while not self._ended.is_set():
-            first = stored_files(self._scratch)
-            if first == stored_files(self._scratch):
-                self.samples += 1
-                self.largest = max(self.largest, sum(first.values()))
 
 
 def test_hold_keeps_what_is_there(source, mounted, mountpoint):

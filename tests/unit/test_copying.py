@@ -225,7 +225,7 @@ def test_a_copy_of_an_earlier_boot_that_is_not_whole_is_dropped(source, tree, st
     (source / "file").write_bytes(b"12345")
     put(storage_of(EARLIER_BOOT), NAME, damaged)
     version, checksum = version_of(tree.stat(b"file")), xxhash.xxh3_64_digest(b"12345")
-    assert run(fetch(NAME, b"file", version, EARLIER_BOOT, checksum))[1] == (DROPPED, b"", len(damaged))
+    assert run(fetch(NAME, b"file", version, EARLIER_BOOT, checksum))[1] == (DROPPED, b"", 5)
     assert not storage.has(NAME, EARLIER_BOOT)
     assert storage.open(NAME) is None
     assert run(fetch(NAME, b"file", version, "", b""))[1] == (COPIED, checksum, 5)

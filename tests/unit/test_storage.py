@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from cachefs.errors import StorageError
+from cachefs.cache.storage import is_same_time
+from cachefs.errors import ChangedCopyError, StorageError
 from tests.unit.conftest import BOOT, EARLIER_BOOT, put
 
 NAME = bytes(range(24))
@@ -227,3 +228,42 @@ def test_space_is_that_of_the_file_system(storage, scratch):
     available, total = storage.space()
     assert total == status.f_blocks * status.f_frsize
     assert 0 < available <= total
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "is_same"),
+    [
+        (1_700_000_000_123_456_789, 1_700_000_000_123_456_789, True),
+        (1_700_000_000_123_456_700, 1_700_000_000_123_456_789, True),
+        (1_700_000_000_123_000_000, 1_700_000_000_123_456_789, True),
+        (1_700_000_000_000_000_000, 1_700_000_001_123_456_789, True),
+        (-3_000_000_000, -2_123_456_789, True),
+        (1_700_000_000_123_456_788, 1_700_000_000_123_456_789, False),
+        (1_700_000_000_123_456_700, 1_700_000_000_123_456_889, False),
+        (1_700_000_003_000_000_000, 1_700_000_000_123_456_789, False),
+        (0, 1_700_000_000_123_456_789, False),
+    ],
+)
+def test_times_as_file_systems_keep_them(stored, given, is_same):
+    assert is_same_time(stored, given) is is_same
+
+
+def test_a_copy_that_is_not_as_it_was_left(storage, scratch):
+    put(storage, NAME, b"12345")
+    (path,) = [path for path in (scratch.path / "files").rglob("*") if path.is_file()]
+    os.utime(path, ns=(1, 10**18 + 1))
+    os.close(storage.open_unchanged(NAME, 5, 10**18 + 1))
+    for size, mtime_ns in (4, 10**18 + 1), (5, 10**18 + 2):
+        with pytest.raises(ChangedCopyError):
+            storage.open_unchanged(NAME, size, mtime_ns)
+    assert storage.drop(NAME, storage.boot)
+    assert not storage.drop(NAME, storage.boot)
+    path.mkdir()
+    (path / "file").write_text("of somebody else")
+    assert not storage.has(NAME)
+    assert [name for name, _ in storage.scan_strange()] == [NAME]
+    with pytest.raises(ChangedCopyError):
+        storage.open_unchanged(NAME, 5, 10**18 + 1)
+    assert storage.drop(NAME, storage.boot)
+    (aside,) = (scratch.path / "staging").iterdir()
+    assert (aside / "file").read_text() == "of somebody else"
