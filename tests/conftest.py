@@ -23,6 +23,11 @@ def pytest_configure() -> None:
             signal.signal(number, handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: else one worker is left with the longest of them when all others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Detach what a test that was killed (its worker crashed, its time was up) could not: its daemons then end."""
     factory = getattr(session.config, "_tmp_path_factory", None)

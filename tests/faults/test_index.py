@@ -1,0 +1,140 @@
+"""The index lost, damaged, of another version, or locked: it costs time, never a wrong byte, and no reader waits."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import assert_sound, verify
+from tests.harness import wait_until
+from tests.mount.observing import counters, opens
+
+
+def remove(index: Path) -> None:
+    for path in index.parent.glob("index.db*"):
+        path.unlink()
+
+
+def truncate(index: Path) -> None:
+    _alone(index)
+    os.truncate(index, index.stat().st_size // 2)
+
+
+def overwrite_the_middle(index: Path) -> None:
+    _alone(index)
+    with open(index, "r+b") as file:
+        for offset in range(4096, index.stat().st_size, 4096):
+            file.seek(offset + 100)
+            file.write(b"\xff" * 400)
+
+
+def overwrite_the_head(index: Path) -> None:
+    _alone(index)
+    with open(index, "r+b") as file:
+        file.write(b"not a database " * 20)
+
+
+def make_older(index: Path) -> None:
+    """As before the first migration: a database without tables."""
+    remove(index)
+    with closing(sqlite3.connect(index)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+
+
+def make_newer(index: Path) -> None:
+    """With what a later version may have: a column that must not be empty."""
+    with closing(sqlite3.connect(index)) as connection, connection:
+        connection.execute("ALTER TABLE files ADD COLUMN tier INTEGER")
+        connection.execute(
+            "CREATE TRIGGER tiers BEFORE INSERT ON files WHEN NEW.tier IS NULL"
+            " BEGIN SELECT RAISE(ABORT, 'a file has a tier'); END"
+        )
+
+
+def make_another(index: Path) -> None:
+    """Tables of the same names with other columns."""
+    remove(index)
+    with closing(sqlite3.connect(index)) as connection, connection:
+        connection.execute("CREATE TABLE files (id INTEGER PRIMARY KEY, what TEXT)")
+        connection.execute("CREATE TABLE datasets (id INTEGER PRIMARY KEY, what TEXT)")
+
+
+def _alone(index: Path) -> None:
+    for path in index.parent.glob("index.db-*"):
+        path.unlink()
+
+
+DAMAGES = (remove, truncate, overwrite_the_middle, overwrite_the_head, make_older, make_newer, make_another)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_index(damage: Callable[[Path], None], dataset, mounted, mountpoint, readers):
+    """The mount serves; what was copied during this boot is used; the mount after it has an index again."""
+    first = mounted(dataset.path, at=mountpoint)
+    dataset.check(mountpoint)
+    first.unmount()
+    damage(first.scratch / "index.db")
+    second = mounted(dataset.path, at=mountpoint)
+    second.expect_log("index")
+    reading = readers(mountpoint)
+    dataset.check(mountpoint)
+    seen = reading.stop()
+    assert not seen["errors"]
+    assert counters(second)["fetches"] == 0
+    assert opens(second)[1:] == (0, 0)
+    second.unmount()
+    verify(second.scratch, "--repair")
+    third = mounted(dataset.path, at=mountpoint)
+    third.expect_log("index")
+    dataset.check(mountpoint)
+    assert counters(third)["fetches"] == 0
+    third.unmount()
+
+
+@pytest.mark.parametrize("damage", [remove, overwrite_the_head, overwrite_the_middle, truncate])
+def test_an_index_damaged_while_it_is_used(damage, dataset, mounted, mountpoint, readers):
+    cache = mounted(dataset.path, at=mountpoint)
+    cache.expect_log("index")
+    (mountpoint / "large").read_bytes()
+    time.sleep(3)  # the index has a row
+    damage(cache.scratch / "index.db")
+    reading = readers(mountpoint)
+    dataset.check(mountpoint)
+    assert not reading.stop()["errors"]
+    cache.unmount()
+    verify(cache.scratch, "--repair")
+    again = mounted(dataset.path, at=mountpoint)
+    again.expect_log("index")
+    dataset.check(mountpoint)
+    assert_sound(again)
+
+
+@pytest.mark.slow
+def test_a_locked_index_holds_up_nobody(dataset, mounted, mountpoint, readers):
+    """Locked by another process, also while it is mounted: files are served, from the source if need be."""
+    first = mounted(dataset.path, at=mountpoint)
+    (mountpoint / "large").read_bytes()
+    first.unmount()
+    with closing(sqlite3.connect(first.scratch / "index.db", isolation_level=None)) as connection:
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("BEGIN EXCLUSIVE")
+        second = mounted(dataset.path, at=mountpoint)
+        second.expect_log("index")
+        began = time.monotonic()
+        assert (mountpoint / "large").read_bytes() == dataset.content["large"]
+        assert (mountpoint / "middle").read_bytes() == dataset.content["middle"]
+        assert time.monotonic() - began < 20, "it waited for the lock"
+        assert opens(second)[0] == 1
+        reading = readers(mountpoint)
+        dataset.check(mountpoint)
+        assert not reading.stop()["errors"]
+        connection.execute("ROLLBACK")
+    dataset.check(mountpoint)
+    wait_until(lambda: (dataset.check(mountpoint), counters(second)["resident_files"] > 1)[1], "it caches again", 60)
+    assert_sound(second)

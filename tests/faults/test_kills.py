@@ -1,0 +1,108 @@
+"""SIGKILL of the daemon at each step of its work, and at random times: the next mount of the same scratch serves right
+bytes, counts what is there, and nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import needs_root
+from tests.faults.armed import EVICTING, FETCHING, PROMOTING, PURGING
+from tests.faults.conftest import Dataset, assert_sound, run_armed, verify
+from tests.harness import clean_environment, run_cachefs, wait_until
+
+KILLS = Path(__file__).with_name("kills.py")
+
+
+def die_at(point, dataset: Dataset, mountpoint, scratch, readers, options):
+    """Mount with a fault point, have it read, and wait for the daemon's death; the mount is taken away."""
+    done = run_armed(point, "mount", dataset.path, mountpoint, "--scratch", scratch, *options)
+    assert done.returncode == 0, done.stderr
+    daemon = psutil.Process(json.loads(run_cachefs("status", mountpoint, "--json").stdout)["pid"])
+    everything = [daemon, *daemon.children(recursive=True)]
+    reading = readers(mountpoint)
+    try:
+        if point == "while it leaves":
+            wait_until(lambda: len(list((scratch / "files").rglob("*"))) > 40, "something is resident")
+            daemon.terminate()
+        wait_until(lambda: not any(process.is_running() for process in everything), f"it dies {point}", 60)
+    finally:
+        seen = reading.stop()
+        run_cachefs("umount", mountpoint, check=False)
+    return seen
+
+
+@pytest.mark.parametrize("point", FETCHING)
+def test_in_a_fetch(point, dataset, mountpoint, tmp_path, mounted, readers):
+    scratch = tmp_path / "scratch"
+    die_at(point, dataset, mountpoint, scratch, readers, ("--no-promote", "--prefetch", "off"))
+    cache = mounted(dataset.path, at=mountpoint, scratch=scratch)
+    dataset.check(mountpoint)
+    assert_sound(cache)
+
+
+@pytest.mark.parametrize("point", EVICTING)
+def test_in_an_eviction(point, dataset, mountpoint, tmp_path, mounted, readers):
+    scratch = tmp_path / "scratch"
+    room = ("--capacity", str(int(dataset.bytes * 0.9)), "--policy", "lru")
+    die_at(point, dataset, mountpoint, scratch, readers, (*room, "--no-promote", "--prefetch", "off"))
+    cache = mounted(dataset.path, *room, at=mountpoint, scratch=scratch)
+    dataset.check(mountpoint)
+    dataset.check(mountpoint)
+    assert sum(path.stat().st_size for path in cache.resident_data_files()) <= int(dataset.bytes * 0.9)
+    assert_sound(cache)
+
+
+@needs_root
+@pytest.mark.parametrize("point", PROMOTING)
+def test_in_a_promotion(point, dataset, mountpoint, tmp_path, mounted, readers):
+    scratch = tmp_path / "scratch"
+    die_at(point, dataset, mountpoint, scratch, readers, ("--prefetch", "all"))
+    cache = mounted(dataset.path, at=mountpoint, scratch=scratch)
+    dataset.check(mountpoint)
+    assert_sound(cache)
+
+
+@pytest.mark.parametrize("point", PURGING)
+def test_in_a_purge(point, dataset, mountpoint, tmp_path, mounted):
+    """A purge that was killed is gone on with by the next; or a mount uses what it has left."""
+    scratch = tmp_path / "scratch"
+    cache = mounted(dataset.path, at=mountpoint, scratch=scratch)
+    dataset.check(mountpoint)
+    cache.unmount()
+    assert run_armed(point, "purge", "--scratch", scratch).returncode == -9
+    cache = mounted(dataset.path, at=mountpoint, scratch=scratch)
+    dataset.check(mountpoint)
+    assert_sound(cache)
+    assert run_armed(point, "purge", "--scratch", scratch).returncode == -9
+    run_cachefs("purge", "--scratch", scratch)
+    assert not scratch.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_at_200_random_times(dataset, mountpoint, tmp_path, mounted, readers):
+    """One scratch through all of it, of which a third has no room, so that it evicts as well."""
+    scratch = tmp_path / "scratch"
+    capacity = str(int(dataset.bytes * 0.7))
+    reading = readers(mountpoint)
+    command = [sys.executable, KILLS, dataset.path, mountpoint, scratch, capacity, "200"]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False, timeout=380)
+    assert done.returncode == 0, done.stderr
+    seen = reading.stop()
+    killed = json.loads(done.stdout)
+    assert killed["kills"] == 200
+    assert seen["read"] > 200, "nothing was read meanwhile"
+    _, said = verify(scratch, "--repair")
+    assert "its content is not" not in said, said
+    assert "its size is not" not in said, said
+    cache = mounted(dataset.path, "--capacity", capacity, "--policy", "lru", at=mountpoint, scratch=scratch)
+    dataset.check(mountpoint)
+    assert_sound(cache)
+    assert os.listdir(scratch / "staging") == []

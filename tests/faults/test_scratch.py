@@ -1,0 +1,205 @@
+"""Scratch that is full, fails, vanishes, or holds what we did not write: readers get the source's bytes all along."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import needs_root
+from tests.faults.conftest import KIB, MIB, Dataset, assert_sound, verify
+from tests.harness import run_cachefs, wait_until
+from tests.mount.observing import counters
+
+ANY_FAILURE = "scratch failed|fetch failed|staged copy not removed|index not|no room|not removed|not recorded|trees"
+
+
+@pytest.fixture
+def file_system(tmp_path_factory: pytest.TempPathFactory, mounted: object) -> Iterator[Callable[..., Path]]:
+    """`file_system("-t", "tmpfs", ...)` mounts a small real one for scratch, which ends after the mount of ours."""
+    made: list[Path] = []
+
+    def make(device: object, *options: str) -> Path:
+        made.append(tmp_path_factory.mktemp("small"))
+        subprocess.run(["mount", *options, os.fspath(device), made[-1]], check=True)
+        return made[-1]
+
+    yield make
+    for place in made:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(fd: int) -> None:
+    while True:
+        os.write(fd, bytes(KIB))
+
+
+def copy_of(cache, dataset: Dataset, name: str) -> Path:
+    """Where in scratch the copy of a file lies."""
+    data = dataset.content[name]
+    return next(path for path in cache.resident_data_files() if path.read_bytes() == data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "file").write_text("of somebody else")
+
+
+def replace_by_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+def replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = (truncate, flip, replace_by_directory, replace_by_link, replace_by_fifo, Path.unlink)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", ["large", "middle"])
+def test_a_copy_that_somebody_changed(damage, name, dataset, mounted, mountpoint, readers):
+    """Right bytes at once, another fetch, and a line in the log that says which file and which copy."""
+    cache = mounted(dataset.path, at=mountpoint)
+    dataset.check(mountpoint)
+    before = counters(cache)["fetches"]
+    copy = copy_of(cache, dataset, name)
+    if damage is not Path.unlink:
+        cache.expect_log(f"path=b'{name}' copy={copy.name}")
+    damage(copy)
+    drop_page_cache(mountpoint / name)
+    assert (mountpoint / name).read_bytes() == dataset.content[name]
+    wait_until(lambda: counters(cache)["fetches"] == before + 1, "it is fetched again")
+    reading = readers(mountpoint)
+    wait_until(lambda: counters(cache)["hits"] > 200, "readers are served")
+    reading.stop()
+    assert copy_of(cache, dataset, name) == copy
+    if damage is Path.unlink:  # it stays counted until it is counted afresh: another mount could have evicted it
+        cache.unmount()
+        assert verify(cache.scratch, "--repair")[0] == 1
+        assert verify(cache.scratch)[0] == 0
+        return
+    for strange in (cache.scratch / "staging").glob("strange-*"):  # set aside, not removed: it is not ours
+        assert (strange / "file").read_text() == "of somebody else"
+        shutil.rmtree(strange)
+    assert_sound(cache)
+
+
+def drop_page_cache(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_a_copy_that_changes_while_it_is_open(dataset, mounted, mountpoint):
+    """Cut off under a reader: the rest comes from the source."""
+    cache = mounted(dataset.path, at=mountpoint)
+    dataset.check(mountpoint)
+    cache.expect_log("path=b'large' copy=")
+    copy = copy_of(cache, dataset, "large")
+    drop_page_cache(mountpoint / "large")
+    with open(mountpoint / "large", "rb", buffering=0) as file:
+        begin = file.read(100 * KIB)
+        os.truncate(copy, MIB)
+        rest = b"".join(iter(lambda: file.read(MIB), b""))
+    assert begin + rest == dataset.content["large"]
+    assert (mountpoint / "large").read_bytes() == dataset.content["large"]
+    wait_until(lambda: copy.exists() and copy.stat().st_size == len(dataset.content["large"]), "it is fetched again")
+    assert_sound(cache)
+
+
+def test_scratch_is_removed(dataset, mounted, mountpoint, readers):
+    """As a cleaner of temporary directories does, in the middle of everything."""
+    cache = mounted(dataset.path, at=mountpoint)
+    cache.expect_log(ANY_FAILURE)
+    reading = readers(mountpoint)
+    wait_until(lambda: counters(cache)["misses"] > 10, "readers are served")
+    while cache.scratch.exists():  # something may be written meanwhile
+        shutil.rmtree(cache.scratch, ignore_errors=True)
+    dataset.check(mountpoint)
+    dataset.check(mountpoint)
+    seen = reading.stop()
+    assert seen["read"] > 10
+    assert not seen["errors"]
+    done = run_cachefs("umount", mountpoint, check=False)
+    assert not cache.is_mounted(), done.stderr
+
+
+@needs_root
+def test_a_full_file_system(dataset, mounted, mountpoint, readers, file_system):
+    """Somebody else fills it, while copies are on their way; later there is room again."""
+    place = file_system("none", "-t", "tmpfs", "-o", "size=12m")
+    cache = mounted(dataset.path, "--capacity", "8M", at=mountpoint, scratch=place / "scratch")
+    cache.expect_log(ANY_FAILURE)
+    (mountpoint / "middle").read_bytes()
+    with open(place / "filler", "wb") as filler:
+        with pytest.raises(OSError, match="No space left"):
+            fill(filler.fileno())
+        reading = readers(mountpoint)
+        dataset.check(mountpoint)
+        dataset.check(mountpoint)
+        seen = reading.stop()
+        assert seen["read"]
+        assert not seen["errors"]
+        assert counters(cache)["bypasses"]
+    (place / "filler").unlink()
+    wait_until(lambda: (mountpoint / "0/0").read_bytes() is not None and counters(cache)["fetches"] > 1, "room", 30)
+    dataset.check(mountpoint)
+    cache.unmount()
+
+
+@needs_root
+def test_a_disk_that_fails(dataset, mounted, mountpoint, readers, file_system, tmp_path):
+    """A real file system whose inodes are overwritten on its device: errors of each read, and then it is read-only."""
+    device = tmp_path / "device"
+    with open(device, "wb") as file:
+        file.truncate(64 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "^has_journal", device], check=True)  # a journal would keep them
+    place = file_system(device, "-o", "loop,errors=remount-ro")
+    cache = mounted(dataset.path, "--capacity", "40M", at=mountpoint, scratch=place / "scratch")
+    cache.expect_log(f"{ANY_FAILURE}|copy=|error=")
+    for name in list(dataset.content)[:20]:
+        (mountpoint / name).read_bytes()
+    subprocess.run(["sync", "-f", place], check=True)
+    overwrite_inodes(device)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    with pytest.raises(OSError, match="Errno"):
+        [copy.read_bytes() for copy in cache.resident_data_files()]
+    reading = readers(mountpoint)
+    dataset.check(mountpoint)
+    dataset.check(mountpoint)
+    seen = reading.stop()
+    assert seen["read"]
+    assert not seen["errors"]
+    run_cachefs("umount", mountpoint, check=False)
+    assert not cache.is_mounted()
+
+
+def overwrite_inodes(device: Path) -> None:
+    """All inode tables of an ext4, but for their first blocks, which have the root directory."""
+    said = subprocess.run(["dumpe2fs", device], check=True, capture_output=True, text=True).stdout
+    block = int(re.search(r"Block size: +(\d+)", said)[1])
+    with open(device, "r+b") as file:
+        for first, last in re.findall(r"Inode table at (\d+)-(\d+)", said):
+            file.seek((int(first) + 4) * block)
+            file.write(b"\xff" * ((int(last) - int(first) - 3) * block))
+        os.fsync(file.fileno())
