@@ -88,6 +88,8 @@ def read_index(path: Path) -> dict[bytes, Recorded]:
 
     Raises IndexDamagedError, and StorageError for one that cannot be read.
     """
+    if _is_linked(path):
+        raise IndexDamagedError(errno.ELOOP, "it is a symbolic link", "index.db")
     if not path.exists():
         return {}
     try:
@@ -223,9 +225,17 @@ class Index:
         self._connection.execute("COMMIT")
 
 
+_SUFFIXES = ("", "-wal", "-shm", "-journal")
+
+
+def _is_linked(path: Path) -> bool:
+    """Whether SQLite would follow a symbolic link: we have made none."""
+    return any(path.with_name(path.name + suffix).is_symlink() for suffix in _SUFFIXES)
+
+
 def remove_index(path: Path) -> None:
     """Drop a damaged index: it is made anew, and the files on disk tell what they are, but for their checksums."""
-    for suffix in ("", "-wal", "-shm", "-journal"):
+    for suffix in _SUFFIXES:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
@@ -252,6 +262,8 @@ class IndexHandlers:
     @property
     def _index(self) -> Index:
         if self._opened is None:
+            if _is_linked(self._path):
+                self._remove()
             try:
                 self._opened = Index(self._path)
             except sqlite3.OperationalError:

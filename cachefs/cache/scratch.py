@@ -75,6 +75,8 @@ def claim_scratch(path: Path) -> Scratch:
         for name in DIRECTORIES:
             if name not in names:
                 os.mkdir(name, 0o700, dir_fd=fd)
+            elif not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                raise CachefsError(f"{name} in scratch {path} is not a directory", _CHOOSE)
     except OSError as error:
         os.close(fd)
         raise CachefsError(f"scratch {path} is not usable: {describe(error)}", _CHOOSE) from None

@@ -4,6 +4,7 @@ Invariants:
 - A file appears under files/ by rename from staging/, complete; a name there never changes its content.
 - Whoever copies holds an exclusive lock on the staged file; whoever has a complete file open holds a shared lock on
   it; whoever removes one takes an exclusive lock first. So nothing that is open is removed, by any mount.
+- Nothing is reached through a link: each way to a file begins at a descriptor and stays beneath it.
 - The size of a staged file is the frontier: bytes below it are there and are of the right version.
 - A file of this boot that has a second name is in a tree (see `trees`), and is not removed either.
 - A complete file has the mtime that it was given, its source's. Whoever writes to it changes that, and is found out.
@@ -20,6 +21,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 
+from cachefs.cache.beneath import open_beneath
 from cachefs.errors import ChangedCopyError, StorageError
 
 KEY_BYTES = 16
@@ -29,6 +31,8 @@ NAME_BYTES = 24
 _NAME, _PREFIX, _BOOT = re.compile(r"[0-9a-f]{48}"), re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{32}")
 NOT_A_FILE = (errno.ELOOP, errno.ENXIO)
 """Errors of opening what is a symbolic link or a socket."""
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOATIME  # a FIFO would block
 
 
@@ -37,12 +41,11 @@ class Storage:
 
     def __init__(self, scratch_fd: int, boot: str) -> None:
         self.boot = boot
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._files = os.open("files", flags, dir_fd=scratch_fd)
-        self._staging = os.open("staging", flags, dir_fd=scratch_fd)
+        self._files = os.open("files", _DIRECTORY, dir_fd=scratch_fd)
+        self._staging = os.open("staging", _DIRECTORY, dir_fd=scratch_fd)
         with contextlib.suppress(FileExistsError):
             os.mkdir(boot, 0o700, dir_fd=self._files)
-        self._current = os.open(boot, flags, dir_fd=self._files)
+        self._current = os.open(boot, _DIRECTORY, dir_fd=self._files)
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -78,7 +81,11 @@ class Storage:
     def adopt(self, name: bytes, boot: str) -> None:
         """Take a file, whose content was checked, as one of this boot."""
         if boot != self.boot:
-            self._into_current(f"{boot}/{_relative(name)}", self._files, name)
+            try:
+                with self._folder(name, boot) as folder:
+                    self._into_current(folder, name)
+            except OSError as error:
+                raise _storage_error(error, name) from error
 
     def link(self, name: bytes, directory: int, new_name: bytes, size: int, mtime_ns: int) -> int | None:
         """Give a complete file a second name. Its locked descriptor, or None if there is no such file."""
@@ -89,7 +96,8 @@ class Storage:
         if fd is None:
             return None
         try:  # whoever removes it needs the lock, so it is still the same file
-            os.link(_relative(name), new_name, src_dir_fd=self._current, dst_dir_fd=directory, follow_symlinks=False)
+            with self._folder(name) as folder:
+                os.link(_text(name), new_name, src_dir_fd=folder, dst_dir_fd=directory, follow_symlinks=False)
         except OSError as error:
             os.close(fd)
             raise _storage_error(error, name) from error
@@ -99,44 +107,38 @@ class Storage:
         """Remove a complete file unless it is in use: open, or in a tree. The bytes that this freed, 0 for none, -1 if
         it is in use. `is_alone`: no mount uses this scratch, so trees are left over and do not count.
         """
-        path = f"{boot or self.boot}/{_relative(name)}"
+        text = _text(name)
         try:
-            fd = os.open(path, _OPEN, dir_fd=self._files)
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise _storage_error(error, name) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            status = os.fstat(fd)
-            if not os.path.samestat(status, os.stat(path, dir_fd=self._files, follow_symlinks=False)):
-                return 0  # removed by another mount, and here again since
-            if status.st_nlink > 1 and boot in (None, self.boot) and not is_alone:
-                return -1
-            os.unlink(path, dir_fd=self._files)
-            return status.st_size
+            with self._folder(name, boot) as folder, _opened(os.open(text, _OPEN, dir_fd=folder)) as fd:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                status = os.fstat(fd)
+                if not os.path.samestat(status, os.stat(text, dir_fd=folder, follow_symlinks=False)):
+                    return 0  # removed by another mount, and here again since
+                if status.st_nlink > 1 and boot in (None, self.boot) and not is_alone:
+                    return -1
+                os.unlink(text, dir_fd=folder)
+                return status.st_size
         except BlockingIOError:
             return -1
         except FileNotFoundError:
             return 0
         except OSError as error:
             raise _storage_error(error, name) from error
-        finally:
-            os.close(fd)
 
     def drop(self, name: bytes, boot: str) -> bool:
         """Take away what bears the name of a complete file and is not what it should be, also while it is in use.
 
         Whether it was there. A directory is not ours: it is set aside in staging, where a purge finds it.
         """
-        path = f"{boot}/{_relative(name)}"
         try:
-            os.unlink(path, dir_fd=self._files)
+            with self._folder(name, boot) as folder:
+                try:
+                    os.unlink(_text(name), dir_fd=folder)
+                except IsADirectoryError:
+                    aside = f"strange-{secrets.token_hex(8)}"
+                    os.rename(_text(name), aside, src_dir_fd=folder, dst_dir_fd=self._staging)
         except FileNotFoundError:
             return False
-        except IsADirectoryError:
-            aside = f"strange-{secrets.token_hex(8)}"
-            os.rename(path, aside, src_dir_fd=self._files, dst_dir_fd=self._staging)
         except OSError as error:
             raise _storage_error(error, name) from error
         return True
@@ -189,14 +191,18 @@ class Storage:
 
     def has(self, name: bytes, boot: str | None = None) -> bool:
         try:
-            status = os.stat(f"{boot or self.boot}/{_relative(name)}", dir_fd=self._files, follow_symlinks=False)
+            with self._folder(name, boot) as folder:
+                status = os.stat(_text(name), dir_fd=folder, follow_symlinks=False)
         except OSError:
             return False
         return stat.S_ISREG(status.st_mode)
 
     def commit(self, name: bytes) -> None:
         """Make a staged file a complete one."""
-        self._into_current(_text(name), self._staging, name)
+        try:
+            self._into_current(self._staging, name)
+        except OSError as error:
+            raise _storage_error(error, name) from error
 
     def discard_held(self, name: bytes) -> None:
         """Drop a staged file whose lock the caller holds."""
@@ -247,9 +253,9 @@ class Storage:
                 yield bytes.fromhex(file.name), boot
 
     def _entries(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
-        for boot in filter(_BOOT.fullmatch, os.listdir(self._files)):
-            for prefix in filter(_PREFIX.fullmatch, os.listdir(f"/proc/self/fd/{self._files}/{boot}")):
-                with os.scandir(f"/proc/self/fd/{self._files}/{boot}/{prefix}") as files:
+        for boot, folders in _directories(self._files, _BOOT):
+            for _, folder in _directories(folders, _PREFIX):
+                with os.scandir(folder) as files:
                     yield from ((boot, file) for file in files if _NAME.fullmatch(file.name))
 
     def space(self) -> tuple[int, int]:
@@ -259,7 +265,7 @@ class Storage:
 
     def _open_locked(self, path: str, directory: int) -> int | None:
         try:
-            fd = os.open(path, _OPEN, dir_fd=directory)
+            fd = open_beneath(path, _OPEN, directory)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -273,17 +279,44 @@ class Storage:
         os.close(fd)
         return None
 
-    def _into_current(self, path: str, directory: int, name: bytes) -> None:
-        target = _relative(name)
+    def _into_current(self, directory: int, name: bytes) -> None:
+        """Move a file from a directory to where it belongs."""
         try:
-            try:
-                os.rename(path, target, src_dir_fd=directory, dst_dir_fd=self._current)
-            except FileNotFoundError:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(target[:2], 0o700, dir_fd=self._current)
-                os.rename(path, target, src_dir_fd=directory, dst_dir_fd=self._current)
+            opened = self._folder(name)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(_text(name)[:2], 0o700, dir_fd=self._current)
+            opened = self._folder(name)
+        with opened as folder:
+            os.rename(_text(name), _text(name), src_dir_fd=directory, dst_dir_fd=folder)
+
+    def _folder(self, name: bytes, boot: str | None = None) -> contextlib.AbstractContextManager[int]:
+        """A descriptor of the directory that a complete file is in, for a block. Raises OSError."""
+        prefix = name[:1].hex()
+        if boot is None or boot == self.boot:
+            return _opened(open_beneath(prefix, _FOLDER, self._current))
+        return _opened(open_beneath(f"{boot}/{prefix}", _FOLDER, self._files))
+
+
+def _directories(parent: int, pattern: re.Pattern[str]) -> Iterator[tuple[str, int]]:
+    """(name, descriptor) of the directories in `parent` whose names match. What is none is not ours."""
+    for name in filter(pattern.fullmatch, os.listdir(parent)):
+        try:
+            fd = open_beneath(name, _DIRECTORY, parent)
         except OSError as error:
-            raise _storage_error(error, name) from error
+            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENOENT):
+                continue
+            raise
+        with _opened(fd):
+            yield name, fd
+
+
+@contextlib.contextmanager
+def _opened(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def is_same_time(stored: int, given: int) -> bool:

@@ -85,6 +85,9 @@ def fell(top: int, name: str, mount_of: Callable[[int], int]) -> Iterator[str]:
             fd = os.open(name, _DIRECTORY, dir_fd=top)
         except FileNotFoundError:
             continue
+        except NotADirectoryError:  # a link is none either
+            os.unlink(name, dir_fd=top)
+            continue
         try:
             if mount_of(fd) != here:
                 raise OSError(errno.EXDEV, "is a mount", name)

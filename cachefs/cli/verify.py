@@ -20,9 +20,10 @@ INTERRUPTED = 130
 @scratch_option
 @click.option("--repair", is_flag=True, help="Drop what is wrong; it is fetched again when it is read")
 def verify(scratch: Path | None, repair: bool) -> None:
-    """Check scratch: what the index says against what is there, and every copy against its checksum.
+    """Check every copy in scratch against its checksum.
 
-    Works while mounts use it. Exits with 0 if all is well, 1 if something was wrong, repaired or not.
+    And what the index says against what is there. Works while mounts use it. Exits with 0 if all is well, 1 if
+    something was wrong, repaired or not.
     """
     path = scratch_path(scratch)
     faults: list[str] = []

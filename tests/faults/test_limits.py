@@ -10,8 +10,10 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.conftest import needs_root
 from tests.faults.conftest import assert_sound
 from tests.harness import clean_environment, wait_until
 from tests.mount.observing import counters
@@ -105,3 +107,101 @@ print(json.dumps([seen[19], seen[-1], len(me.children(recursive=True))]))
     dataset.check(mountpoint)
     assert_sound(cache)
     assert os.listdir(mountpoint) == []
+
+
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@needs_root
+@pytest.mark.skipif(not os.access(MEMORY_GROUPS / "memory.limit_in_bytes", os.W_OK), reason="no memory cgroups (v1)")
+def test_a_limit_of_memory(source, mounted, mountpoint, monkeypatch):
+    """A job's control group of 100 MB, through which 400 MB are fetched and read: nothing is killed."""
+    import tests.harness
+
+    data = {f"{number}": os.urandom(20 << 20) for number in range(4)}
+    for name, content in data.items():
+        (source / name).write_bytes(content * 5)
+    group = MEMORY_GROUPS / f"cachefs-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(100 << 20))
+        real = tests.harness.subprocess.run
+
+        def run(*arguments, **keywords):
+            return real(*arguments, preexec_fn=lambda: (group / "cgroup.procs").write_text("0"), **keywords)
+
+        monkeypatch.setattr(tests.harness.subprocess, "run", run)
+        cache = mounted(source, at=mountpoint)
+        monkeypatch.undo()
+        assert str(cache.pid) in (group / "cgroup.procs").read_text().split()
+        for _ in range(2):
+            for name, content in data.items():
+                assert (mountpoint / name).read_bytes() == content * 5
+        assert counters(cache)["resident_files"] == 4
+        assert "oom_kill 0" in (group / "memory.oom_control").read_text()
+        assert_sound(cache)
+    finally:
+        monkeypatch.undo()
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), "its processes end")
+        group.rmdir()
+
+
+_CROWD = """
+import os, random, sys, threading
+mountpoint, backing, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+threading.stack_size(128 << 10)
+names = sorted(os.listdir(backing))
+content = {name: open(os.path.join(backing, name), "rb").read() for name in names}
+together, wrong = threading.Barrier(threads), []
+def read(number):
+    name = names[number % len(names)]
+    together.wait()
+    try:
+        if open(os.path.join(mountpoint, name), "rb").read() != content[name]:
+            wrong.append(name)
+    except OSError as error:
+        wrong.append(f"{name}: {error}")
+crowd = [threading.Thread(target=read, args=(random.randrange(1 << 20),)) for _ in range(threads)]
+for one in crowd: one.start()
+for one in crowd: one.join()
+print(wrong)
+"""
+
+
+def test_10_000_readers_at_once(source, slow_source, mounted, mountpoint):
+    """20 processes of 500 threads, of files that are not resident, and once more of files that are."""
+    for number in range(300):
+        (source / f"{number}").write_bytes(os.urandom(30_000))
+    cache = mounted(slow_source(source, latency=0.001).path, at=mountpoint)
+    for _ in range(2):
+        crowd = [
+            subprocess.Popen(
+                [sys.executable, "-c", _CROWD, mountpoint, source, "500"], stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(20)
+        ]
+        assert [one.communicate(timeout=120)[0] for one in crowd] == ["[]\n"] * 20
+    said = counters(cache)
+    assert said["fetches"] == said["resident_files"] == 300
+    assert said["hits"] + said["misses"] >= 10_000
+    assert_sound(cache)
+
+
+@pytest.mark.slow
+def test_a_directory_of_1_000_000_entries(source, mounted, mountpoint):
+    """It is listed whole, with a name of each, looked into, and unmounted in order."""
+    folder = source / "many"
+    folder.mkdir()
+    here = os.open(folder, os.O_RDONLY)
+    try:
+        for number in range(1_000_000):
+            os.mknod(f"{number:07}", dir_fd=here)
+    finally:
+        os.close(here)
+    cache = mounted(source, at=mountpoint)
+    names = os.listdir(mountpoint / "many")
+    assert len(names) == 1_000_000
+    assert set(names) == {f"{number:07}" for number in range(1_000_000)}
+    assert (mountpoint / "many/0999999").read_bytes() == b""
+    assert psutil.Process(cache.pid).memory_info().rss < 700 << 20
+    assert_sound(cache)
