@@ -18,7 +18,7 @@ import trio
 
 from cachefs.cache.ledger import Ledger
 from cachefs.cache.residency import Residency
-from cachefs.cache.storage import Storage
+from cachefs.cache.storage import GONE, IN_USE, Storage
 from cachefs.config import RESERVED_SHARE
 from cachefs.metrics import Metrics
 from cachefs.workers.pool import WorkerPool
@@ -186,11 +186,11 @@ class CapacityKeeper:
             if answers is None:
                 self._ledger.doubt()
         for file, answer in zip(files, answers, strict=True):
-            if answer < 0:
+            if answer == IN_USE:
                 kept.append(file)
                 continue
             self._residency.discard(file[0])
-            if answer or not file[2]:
+            if answer != GONE:
                 freed += answer
                 self._ledger.remove(answer)
                 self._metrics.evictions += 1

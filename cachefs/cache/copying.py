@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 
 import xxhash
 
-from cachefs.cache.storage import NOT_A_FILE, Storage
+from cachefs.cache.storage import IN_USE, NOT_A_FILE, Storage
 from cachefs.errors import SourceChangedError, StorageError
 from cachefs.source.attributes import is_same_content, mtime_of, pack_stat, size_of, version_of
 from cachefs.source.handlers import file_errors, open_version, read_exactly
@@ -237,7 +237,7 @@ class CopyHandlers:
         try:
             return self._storage.remove(name, boot)
         except StorageError:
-            return -1  # it stays, and stays counted
+            return IN_USE  # it stays, and stays counted
 
 
 _ZEROS = bytes(1024 * 1024)

@@ -11,7 +11,7 @@
     logs/PID.log         the log of its daemon
 
 Invariants: scratch belongs to its user alone (0700) and is never a symbolic link; it is reached through one
-descriptor from the moment on at which this was checked.
+descriptor from the moment on at which this was checked, but for the index, and lies where no other user can rename it.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def claim_scratch(path: Path) -> Scratch:
 
     Scratch's lock is held on return, so that nobody purges it before this mount has joined, which releases it.
     """
+    _refuse_unsafe_parents(path)
     made, fd = _make_and_lock(path)
     try:
         names = os.listdir(fd)
@@ -84,6 +85,20 @@ def claim_scratch(path: Path) -> Scratch:
         os.close(fd)
         raise
     return Scratch(path, fd, made, is_new=MARK not in names)
+
+
+def _refuse_unsafe_parents(path: Path) -> None:
+    """SQLite reaches the index by its path, for it knows no descriptors: nobody else may put another in its place."""
+    for parent in path.parents:
+        try:
+            mode = parent.stat().st_mode
+        except OSError:
+            continue  # what is wrong with it is said when scratch is opened
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise CachefsError(
+                f"scratch {path} is not safe: in {parent} any user may put something else in its place",
+                "choose another with --scratch, or set the sticky bit there (chmod +t)",
+            )
 
 
 def _make_and_lock(path: Path) -> tuple[bool, int]:

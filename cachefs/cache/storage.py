@@ -29,6 +29,8 @@ NAME_BYTES = 24
 """A name is the file's key (which path of which dataset) and 8 bytes for its version."""
 
 _NAME, _PREFIX, _BOOT = re.compile(r"[0-9a-f]{48}"), re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{32}")
+IN_USE, GONE = -1, -2
+"""Why nothing was removed: somebody uses it; there was nothing."""
 NOT_A_FILE = (errno.ELOOP, errno.ENXIO)
 """Errors of opening what is a symbolic link or a socket."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -104,8 +106,8 @@ class Storage:
         return fd
 
     def remove(self, name: bytes, boot: str | None = None, *, is_alone: bool = False) -> int:
-        """Remove a complete file unless it is in use: open, or in a tree. The bytes that this freed, 0 for none, -1 if
-        it is in use. `is_alone`: no mount uses this scratch, so trees are left over and do not count.
+        """Remove a complete file unless it is in use: open, or in a tree. The bytes that this freed, or IN_USE or GONE.
+        `is_alone`: no mount uses this scratch, so trees are left over and do not count.
         """
         text = _text(name)
         try:
@@ -113,15 +115,15 @@ class Storage:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 status = os.fstat(fd)
                 if not os.path.samestat(status, os.stat(text, dir_fd=folder, follow_symlinks=False)):
-                    return 0  # removed by another mount, and here again since
+                    return GONE  # removed by another mount, and here again since
                 if status.st_nlink > 1 and boot in (None, self.boot) and not is_alone:
-                    return -1
+                    return IN_USE
                 os.unlink(text, dir_fd=folder)
                 return status.st_size
         except BlockingIOError:
-            return -1
+            return IN_USE
         except FileNotFoundError:
-            return 0
+            return GONE
         except OSError as error:
             raise _storage_error(error, name) from error
 

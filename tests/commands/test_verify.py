@@ -66,7 +66,7 @@ def shorten(path: Path) -> None:
 
 def replace_by_link(path: Path) -> None:
     path.unlink()
-    path.symlink_to("/etc/passwd")
+    path.symlink_to(path.parents[4] / "source" / "0")
 
 
 def replace_by_directory(path: Path) -> None:

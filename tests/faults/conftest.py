@@ -77,7 +77,8 @@ class Readers:
                 self._process.communicate(timeout=20)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait()
+        with self._process:
+            pass
 
 
 @pytest.fixture
@@ -114,7 +115,13 @@ def assert_sound(cache: MountedCache) -> None:
         copies = cache.resident_data_files()
         return (said["resident_files"], said["resident_bytes"]) == (len(copies), sum(c.stat().st_size for c in copies))
 
-    wait_until(is_accounted, "status says what is on disk")
+    try:
+        wait_until(is_accounted, "status says what is on disk")
+    except AssertionError as error:
+        said, copies = counters(cache), cache.resident_data_files()
+        counted = f"{said['resident_files']} files, {said['resident_bytes']} bytes"
+        there = f"{len(copies)}, {sum(copy.stat().st_size for copy in copies)}"
+        raise AssertionError(f"{counted} are counted, and there are {there}") from error
     cache.unmount()
     status, said = verify(cache.scratch)
     assert status == 0, said

@@ -52,12 +52,12 @@ def work(mountpoint: Path, backing: Path, seed: int, answer: Any) -> None:
     def stop(*_: object) -> None:
         raise Stopped
 
-    dice = random.Random(seed)
-    content = {path.relative_to(backing): path.read_bytes() for path in backing.rglob("*") if path.is_file()}
-    names = sorted(content)
-    read, wrong, errors = 0, [], Counter()
     signal.signal(signal.SIGTERM, stop)
+    dice = random.Random(seed)
+    read, wrong, errors = 0, [], Counter()
     try:
+        content = {path.relative_to(backing): path.read_bytes() for path in backing.rglob("*") if path.is_file()}
+        names = sorted(content)
         while True:
             dice.shuffle(names)
             for name in names:
@@ -89,6 +89,7 @@ def main() -> None:
             multiprocessing.Process(target=work, args=(arguments.mountpoint, arguments.backing, seed, sending))
         )
         processes[-1].start()
+        sending.close()
         pipes.append(receiving)
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])
     print("reading", flush=True)

@@ -36,6 +36,7 @@ from tests.mount.observing import stored_bytes
 
 FILES, DIRECTORIES = 80, 6
 CAPACITY = 12 << 20
+ELSEWHERE = b"not ours " * 1000
 OPTIONS = ("--metadata-ttl", "1", "--source-timeout", "2", "--policy", "lru", "--capacity", str(CAPACITY))
 PAUSE = 0.15
 HEAL_SECONDS = 60.0
@@ -82,6 +83,8 @@ class Soak:
     def __init__(self, folder: Path, seed: int, mounts: int) -> None:
         self.dice = random.Random(seed)
         self.backing, self.scratch = folder / "backing", folder / "scratch"
+        self.elsewhere = folder / "elsewhere"
+        self.elsewhere.write_bytes(ELSEWHERE)
         self.mountpoints = [folder / f"mount{number}" for number in range(mounts)]
         for path in (self.backing, folder / "remote", *self.mountpoints):
             path.mkdir()
@@ -157,7 +160,8 @@ class Soak:
         self.slow.set(latency=0.001)
 
     def damage_a_copy(self) -> None:
-        copies = [path for path in (self.scratch / "files").rglob("*") if path.is_file()]
+        found = (self.scratch / "files").rglob("*")
+        copies = [path for path in found if path.is_file() and not path.is_symlink()]  # never what a link leads to
         if not copies:
             return
         victim = self.dice.choice(copies)
@@ -172,7 +176,7 @@ class Soak:
                 data[len(data) // 2] ^= 1
                 victim.write_bytes(data)
             elif how == "link":
-                victim.symlink_to("/etc/passwd")
+                victim.symlink_to(self.elsewhere)
             elif how == "directory":
                 victim.mkdir()
 
@@ -267,6 +271,8 @@ class Soak:
         for name, version in self.current.items():
             if (self.backing / name).read_bytes() != versions.content(name, version):
                 problems.append(f"the source's own {name} was changed")
+        if self.elsewhere.read_bytes() != ELSEWHERE:
+            problems.append("a file was changed to which a link in scratch led")
         if self.largest > CAPACITY:
             problems.append(f"scratch held {self.largest} bytes, and its capacity is {CAPACITY}")
         run_cachefs("purge", "--scratch", self.scratch)

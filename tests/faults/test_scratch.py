@@ -64,8 +64,10 @@ def replace_by_directory(path: Path) -> None:
 
 
 def replace_by_link(path: Path) -> None:
+    elsewhere = path.parents[4] / "elsewhere"
+    elsewhere.write_text("of somebody else")
     path.unlink()
-    path.symlink_to("/etc/passwd")
+    path.symlink_to(elsewhere)
 
 
 def replace_by_fifo(path: Path) -> None:
@@ -94,6 +96,8 @@ def test_a_copy_that_somebody_changed(damage, name, dataset, mounted, mountpoint
     wait_until(lambda: counters(cache)["hits"] > 200, "readers are served")
     reading.stop()
     assert copy_of(cache, dataset, name) == copy
+    if damage is replace_by_link:
+        assert (cache.scratch.parent / "elsewhere").read_text() == "of somebody else"
     if damage is Path.unlink:  # it stays counted until it is counted afresh: another mount could have evicted it
         cache.unmount()
         assert verify(cache.scratch, "--repair")[0] == 1

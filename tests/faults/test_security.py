@@ -44,9 +44,9 @@ while True:
 
 @needs_root
 def test_a_race_for_scratch(ordinary_place: Place):
-    """Another user puts directories and links of his own where scratch is to be made, as fast as he can."""
+    """Another user puts directories and links of his own where scratch is to be made, as fast as he can, as in /tmp."""
     place = ordinary_place
-    shared, victim = place.make("shared", mode=0o777), place.make("victim")
+    shared, victim = place.make("shared", mode=0o1777), place.make("victim")
     place.write(victim / "thesis", "important")
     place.make("mountpoint")
     before = describe_tree(victim)
@@ -69,6 +69,19 @@ def test_a_race_for_scratch(ordinary_place: Place):
         if not entry.is_symlink() and entry.stat().st_uid == NOBODY:
             assert os.listdir(entry) == [], "we have stored something in somebody else's directory"
     assert len(outcomes) == 12
+
+
+def test_where_anybody_could_rename_scratch_it_is_refused(own_place: Place):
+    place = own_place
+    shared = place.make("shared")
+    place.make("shared", "mine")
+    shared.chmod(0o777)
+    for scratch in shared / "scratch", shared / "mine" / "scratch":
+        says = (f"in {shared} any user may put something else in its place", "chmod +t")
+        place.refused("mount", place.source, place.make("mountpoint"), "--scratch", scratch, says=says)
+    shared.chmod(0o1777)
+    place.do("mount", place.source, place.mountpoint, "--scratch", shared / "scratch")
+    place.do("umount", place.mountpoint)
 
 
 @needs_root

@@ -187,6 +187,25 @@ def test_superseded_copies_go_first(source, mounted, mountpoint):
     assert counters(cache)["resident_files"] == 10
 
 
+def test_an_empty_file_is_counted_once_however_often_it_is_evicted(mounted, tmp_path, mountpoint):
+    """Semantics 8: the index still names what was evicted just now, and 0 bytes freed may be a file that was there."""
+    other = tmp_path / "other"
+    other.mkdir()
+    earlier = make_files(tmp_path / "earlier", 10)
+    for number in range(20):
+        (earlier / f"empty {number}").write_bytes(b"")
+    first = mounted(earlier, "--capacity", TEN_FILES, at=other)
+    for path in earlier.iterdir():
+        (other / path.name).read_bytes()
+    first.unmount()
+    cache = mounted(make_files(tmp_path / "one", 30), "--capacity", TEN_FILES, "--policy", "lru", at=mountpoint)
+    for number in range(30):
+        read(cache, number)
+    said = counters(cache)
+    assert said["resident_files"] == len(cache.resident_data_files())
+    assert said["resident_bytes"] == sum(stored_files(cache.scratch).values())
+
+
 @needs_root
 def test_a_full_disk_is_a_bypass(source, mounted, mountpoint, tmp_path):
     """Semantics 8: whatever the capacity says, 5% of the disk stay free, and a full disk costs the reader nothing."""

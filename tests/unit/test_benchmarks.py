@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.contenders import CONTENDERS, FIRST, LATER, BenchmarkError, Running
+from benchmarks.contenders import CONTENDERS, LATER, BenchmarkError, Running
 from benchmarks.results import Goal, Records, Result, Run, ratio, short
 from benchmarks.stage import Conditions, Options, Reader, Stage, rotated
 from benchmarks.workloads import WORKLOADS
@@ -239,7 +239,7 @@ def test_every_workload_runs_over_the_cheap_contenders(workload, tmp_path):
     known = {name for each in run.results for name in each.contender.split(" / ")}
     compares_ways = workload in ("fetching", "requests")
     assert compares_ways or known <= set(CHEAP.split(","))
-    assert run.skipped.keys() <= {*FIRST, *LATER} - known
+    assert run.skipped.keys() <= CONTENDERS.keys() - known
     if importlib.util.find_spec("matplotlib") is not None:
         assert results / f"{workload}.png" in list(report.write(results, tmp_path / "none.md"))
     left = [mount.path for mount in read_mounts() if mount.path.is_relative_to(tmp_path)]

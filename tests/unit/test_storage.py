@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from cachefs.cache.storage import is_same_time
+from cachefs.cache.storage import GONE, IN_USE, is_same_time
 from cachefs.errors import ChangedCopyError, StorageError
 from tests.unit.conftest import BOOT, EARLIER_BOOT, put
 
@@ -75,8 +75,8 @@ def test_what_is_not_there_is_none_and_frees_nothing(storage):
     assert storage.open(NAME) is None
     assert storage.open_earlier(NAME, EARLIER_BOOT) is None
     assert storage.open_staged(NAME) is None
-    assert storage.remove(NAME) == 0
-    assert storage.remove(NAME, EARLIER_BOOT) == 0
+    assert storage.remove(NAME) == GONE
+    assert storage.remove(NAME, EARLIER_BOOT) == GONE
     storage.discard_held(NAME)
     storage.discard_staged(NAME)
     storage.discard_abandoned()
@@ -132,18 +132,18 @@ def test_what_nobody_copies_is_dropped(storage):
 def test_an_open_file_is_not_removed(storage, storage_of):
     put(storage, NAME, b"12345")
     fd = storage.open(NAME)
-    assert storage.remove(NAME) == -1
-    assert storage_of(BOOT).remove(NAME, BOOT) == -1
+    assert storage.remove(NAME) == IN_USE
+    assert storage_of(BOOT).remove(NAME, BOOT) == IN_USE
     assert content_of(fd) == b"12345"
     assert storage.remove(NAME) == 5
-    assert storage.remove(NAME) == 0
+    assert storage.remove(NAME) == GONE
     assert storage.open(NAME) is None
 
 
 def test_a_file_that_another_process_has_open_is_not_removed(storage):
     put(storage, NAME, b"12345")
     with another_process(lambda: storage.open(NAME)):
-        assert storage.remove(NAME) == -1
+        assert storage.remove(NAME) == IN_USE
         assert content_of(storage.open(NAME)) == b"12345"
     assert storage.remove(NAME) == 5
 
@@ -167,7 +167,7 @@ def test_a_reader_of_a_staged_file_holds_on_to_it_when_it_is_complete(storage):
     storage.share(reader)  # the worker has not closed it: no lock yet, and no error
     os.close(staged)
     storage.share(reader)
-    assert storage.remove(NAME) == -1
+    assert storage.remove(NAME) == IN_USE
     assert content_of(reader) == b"12345"
     assert storage.remove(NAME) == 5
 
@@ -198,12 +198,12 @@ def test_an_earlier_file_is_removed_by_its_boot_alone(storage, storage_of):
 def test_scratch_that_fails_is_a_storage_error_with_its_errno(storage, scratch):
     folder = scratch.path / "files" / BOOT / NAME.hex()[:2]
     folder.mkdir()
-    (folder / NAME.hex()).symlink_to("/etc/passwd")
+    (folder / NAME.hex()).symlink_to(scratch.path.parent)
     for call in storage.open, storage.remove:
         with pytest.raises(StorageError) as caught:
             call(NAME)
         assert caught.value.errno == errno.ELOOP, "no link is followed"
-    (scratch.path / "staging" / NAME.hex()).symlink_to("/etc/passwd")
+    (scratch.path / "staging" / NAME.hex()).symlink_to(scratch.path.parent)
     for call in storage.stage, storage.open_staged:
         with pytest.raises(StorageError):
             call(NAME)
