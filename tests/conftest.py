@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -23,9 +24,17 @@ def pytest_configure() -> None:
             signal.signal(number, handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first: else one worker is left with the longest of them when all others are done."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each worker begins with its share of the slow ones: else one is left with the longest when all others are done.
+
+    pytest-xdist's worksteal gives each worker as many tests at first, in the order in which they are here.
+    """
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = iter([item for item in items if not item.get_closest_marker("slow")])
+    shares = [slow[number::workers] for number in range(workers)]
+    size = -(-len(items) // workers)
+    items[:] = [item for share in shares for item in (*share, *islice(quick, max(0, size - len(share))))]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import assert_sound
-from tests.harness import clean_environment
-from tests.mount.observing import Watch
+from tests.harness import clean_environment, wait_until
+from tests.mount.observing import Watch, counters
 
 KILLS = Path(__file__).with_name("kills.py")
 TIMES = 15
@@ -51,3 +51,25 @@ def test_killed_and_restarted_at_random(mounts, dataset, tmp_path, mounted, read
     again = mounted(dataset.path, "--capacity", str(capacity), "--policy", "lru", at=places[0], scratch=scratch)
     dataset.check(places[0])  # without company it has counted afresh what the dead had reserved
     assert_sound(again)
+
+
+def test_four_mounts_fetch_each_file_once(dataset, slow_source, tmp_path, mounted, readers):
+    """All of them read all of it at once, and the source gives each byte once."""
+    slow = slow_source(dataset.path, latency=0.002)
+    places = [tmp_path / f"mount{number}" for number in range(4)]
+    for place in places:
+        place.mkdir()
+    caches = [mounted(slow.path, at=place, scratch=tmp_path / "scratch") for place in places]
+    slow.reset()
+    reading = [readers(place, number) for number, place in enumerate(places)]
+    wait_until(lambda: counters(caches[0])["resident_files"] == len(dataset.content), "all is resident", 60)
+    for place in places:
+        dataset.check(place)
+    assert not any(one.stop()["errors"] for one in reading)
+    seen = slow.statistics()
+    assert {name: seen.file(name).bytes_read for name in dataset.content} == {
+        name: len(data) for name, data in dataset.content.items()
+    }
+    for cache in caches[1:]:
+        cache.unmount()
+    assert_sound(caches[0])
