@@ -248,7 +248,18 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
             session_nursery.start_soon(session.end_when_unmounted, end)
             session_nursery.start_soon(session.announce, ready)
             session_nursery.start_soon(promotion.run, membership.abandoned_trees)
-            await pyfuse3.main(min_tasks=_MIN_IDLE_TASKS, max_tasks=_MAX_TASKS)
+            await _answer_requests()
+
+
+async def _answer_requests() -> None:
+    """Return when the mount is gone. ECONNABORTED says so too, where the kernel ended the connection within a read."""
+    try:
+        await pyfuse3.main(min_tasks=_MIN_IDLE_TASKS, max_tasks=_MAX_TASKS)
+    except BaseExceptionGroup as group:
+        _, others = group.split(ConnectionAbortedError)
+        if others is not None:
+            raise others from None
+        log.info("the kernel has ended the connection")
 
 
 @asynccontextmanager

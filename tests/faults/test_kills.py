@@ -106,3 +106,27 @@ def test_at_200_random_times(dataset, mountpoint, tmp_path, mounted, readers):
     dataset.check(mountpoint)
     assert_sound(cache)
     assert os.listdir(scratch / "staging") == []
+
+
+@needs_root
+def test_the_connection_is_aborted(dataset, mountpoint, tmp_path, mounted, readers):
+    """By the administrator, through /sys/fs/fuse/connections: the daemon ends in order."""
+    control = tmp_path / "control"
+    control.mkdir()
+    cache = mounted(dataset.path, at=mountpoint, scratch=tmp_path / "scratch")
+    reading = readers(mountpoint)
+    wait_until(lambda: cache.count("misses") > 5, "readers are served")
+    device = os.stat(mountpoint).st_dev
+    subprocess.run(["mount", "-t", "fusectl", "none", control], check=True)
+    try:
+        (control / str(os.minor(device)) / "abort").write_text("1")
+    finally:
+        subprocess.run(["umount", control], check=True)
+    wait_until(lambda: not any(process.is_running() for process in cache.processes), "it ends")
+    reading.stop()
+    log = next((tmp_path / "scratch/logs").iterdir()).read_text()
+    assert "Traceback" not in log
+    run_cachefs("umount", mountpoint)
+    again = mounted(dataset.path, at=mountpoint, scratch=tmp_path / "scratch")
+    dataset.check(mountpoint)
+    assert_sound(again)
