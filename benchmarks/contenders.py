@@ -202,20 +202,13 @@ def _at(choose: Callable[[Place], Path]) -> Callable[[Place, Path], AbstractCont
     return lambda place, _: nullcontext(Running(choose(place)))
 
 
-@contextmanager
-def _copied(place: Place, _: Path) -> Iterator[Running]:
-    copy = place.folder / "copy"
-    shutil.copytree(place.local, copy)
-    yield Running(copy)
-    shutil.rmtree(copy)
+def _copied(choose: Callable[[Place], Path]) -> Callable[[Place, Path], AbstractContextManager[Running]]:
+    @contextmanager
+    def run(place: Place, _: Path) -> Iterator[Running]:
+        with tempfile.TemporaryDirectory(prefix="cachefs-bench-", dir=choose(place)) as folder:
+            yield Running(shutil.copytree(place.local, Path(folder, "copy")))
 
-
-@contextmanager
-def _on_tmpfs(place: Place, _: Path) -> Iterator[Running]:
-    with tempfile.TemporaryDirectory(prefix="cachefs-bench-", dir=TMPFS) as folder:
-        copy = Path(folder, "copy")
-        shutil.copytree(place.local, copy)
-        yield Running(copy)
+    return run
 
 
 def _promoted_tree(place: Place) -> Path:
@@ -279,10 +272,10 @@ CONTENDERS = {
     for contender in (
         Contender("source", "source directly", _at(lambda place: place.source), kind=PLAIN),
         Contender("scratch", "scratch directly", _at(lambda place: place.local), kind=PLAIN),
-        Contender("scratch-copy", "another copy in scratch", _copied, kind=PLAIN),
+        Contender("scratch-copy", "another copy in scratch", _copied(lambda place: place.folder), kind=PLAIN),
         Contender("cachefs-copy", "what cachefs has promoted, without the mount", _at(_promoted_tree), kind=PLAIN),
         Contender(
-            *("tmpfs", "a copy on tmpfs", _on_tmpfs),
+            *("tmpfs", "a copy on tmpfs", _copied(lambda place: TMPFS)),
             lambda tools: None if TMPFS.is_dir() else f"{TMPFS} is not there",
             kind=PLAIN,
         ),

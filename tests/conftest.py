@@ -55,6 +55,14 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def mountpoint(tmp_path: Path) -> Path:
+    """An empty directory that is not the source."""
+    path = tmp_path / "mount"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[..., MountedCache]]:
     """`mounted(source, *options, at=mountpoint, scratch=directory, env={...})`; each ends with the test, checked."""
     made: list[MountedCache] = []

@@ -39,6 +39,12 @@ def run_cachefs(
     return done
 
 
+def verify(scratch: Path, *options: str) -> tuple[int, str]:
+    """Exit status and words of `cachefs verify`."""
+    done = run_cachefs("verify", "--scratch", scratch, *options, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
 def clean_environment() -> dict[str, str]:
     """The environment without settings for cachefs."""
     return {key: value for key, value in os.environ.items() if not key.startswith("CACHEFS_")}

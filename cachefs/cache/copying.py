@@ -19,16 +19,15 @@ from __future__ import annotations
 import errno
 import os
 import queue
-import stat
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import xxhash
 
-from cachefs.cache.storage import IN_USE, NOT_A_FILE, Storage
-from cachefs.errors import SourceChangedError, StorageError
+from cachefs.cache.storage import IN_USE, Storage, storage_errors
+from cachefs.errors import ChangedCopyError, SourceChangedError, StorageError
 from cachefs.source.attributes import is_same_content, mtime_of, pack_stat, size_of, version_of
 from cachefs.source.handlers import file_errors, open_version, read_exactly
 from cachefs.source.tree import SourceTree
@@ -54,17 +53,6 @@ so that it was dropped and nothing was copied."""
 
 FetchResult = tuple[str, bytes, int]
 """(how it ended; checksum, or b"" where it is not known; bytes read from the source, or of the dropped copy)."""
-
-
-@contextmanager
-def storage_errors(name: bytes) -> Iterator[None]:
-    """Turn an OSError of a call on scratch into a StorageError."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(error.errno or errno.EIO, error.strerror or str(error), name.hex()) from error
 
 
 def checksum_of(fd: int) -> bytes:
@@ -151,20 +139,13 @@ class CopyHandlers:
     def _is_whole(self, name: bytes, version: bytes, boot: str, checksum: bytes) -> bool:
         try:
             fd = self._storage.open_earlier(name, boot)
-        except StorageError as error:
-            if error.errno in NOT_A_FILE:
-                return False
-            raise
+        except ChangedCopyError:
+            return False
         if fd is None:
             return False
         try:
             with storage_errors(name):
-                status = os.fstat(fd)
-                if (
-                    not stat.S_ISREG(status.st_mode)
-                    or status.st_size != size_of(version)
-                    or checksum_of(fd) != checksum
-                ):
+                if os.fstat(fd).st_size != size_of(version) or checksum_of(fd) != checksum:
                     return False
                 _mark(fd, version)
                 return True

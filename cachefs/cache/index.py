@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -54,6 +54,7 @@ class Recorded(NamedTuple):
     path: bytes
 
 
+_OF_ANOTHER_VERSION = "its tables are of another version of cachefs"
 _COLUMNS = {"name", "dataset", "size", "checksum", "boot", "path", "last_used"}
 
 FileRow = tuple[bytes, int, bytes, str, bytes, int]
@@ -92,29 +93,42 @@ def read_index(path: Path) -> dict[bytes, Recorded]:
         raise IndexDamagedError(errno.ELOOP, "it is a symbolic link", "index.db")
     if not path.exists():
         return {}
+    uri = f"file:{quote(os.fspath(path))}?mode=ro"
+    with _index_errors(), closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as connection:
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        if _columns(connection, "files") != _COLUMNS:
+            raise sqlite3.DatabaseError(_OF_ANOTHER_VERSION)
+        rows = connection.execute(
+            "SELECT name, size, ifnull(checksum, x''), boot, ifnull(path, x''), ifnull(source, x'')"
+            " FROM files LEFT JOIN datasets ON dataset = id"
+        )
+        return {
+            name: Recorded(size, checksum, boot, os.path.join(source, path) if source else path)
+            for name, size, checksum, boot, path, source in rows
+        }
+
+
+def forget_files(path: Path, names: Sequence[bytes]) -> None:
+    """Take files out of the index at `path`, if there is one. Raises as read_index does."""
+    if path.exists():
+        with _index_errors(), closing(Index(path)) as index:
+            index.forget(names)
+
+
+@contextmanager
+def _index_errors() -> Iterator[None]:
     try:
-        connection = sqlite3.connect(f"file:{quote(os.fspath(path))}?mode=ro", uri=True, timeout=BUSY_SECONDS)
-        try:
-            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            if found != "ok":
-                raise IndexDamagedError(errno.EIO, found, "index.db")
-            columns = {name for _, name, *_ in connection.execute("PRAGMA table_info(files)")}
-            if columns != _COLUMNS:
-                raise IndexDamagedError(errno.EIO, "its tables are not those of this cachefs", "index.db")
-            rows = connection.execute(
-                "SELECT name, size, ifnull(checksum, x''), boot, ifnull(path, x''), ifnull(source, x'')"
-                " FROM files LEFT JOIN datasets ON dataset = id"
-            )
-            return {
-                name: Recorded(size, checksum, boot, os.path.join(source, path) if source else path)
-                for name, size, checksum, boot, path, source in rows
-            }
-        finally:
-            connection.close()
+        yield
     except sqlite3.OperationalError as error:
         raise StorageError(errno.EIO, str(error), "index.db") from error
     except sqlite3.DatabaseError as error:
         raise IndexDamagedError(errno.EIO, str(error), "index.db") from error
+
+
+def _columns(connection: sqlite3.Connection, table: str) -> set[str]:
+    return {name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")}
 
 
 class Index:
@@ -126,11 +140,11 @@ class Index:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         self._connection = connection
-        if self._columns("files") and not self._columns("_sqlite_migrations"):
+        if _columns(connection, "files") and not _columns(connection, "_sqlite_migrations"):
             raise sqlite3.DatabaseError("its tables were not made by cachefs")
         migrations.apply(sqlite_utils.Database(connection))
-        if self._columns("files") != _COLUMNS:
-            raise sqlite3.DatabaseError("its tables are of another version of cachefs")
+        if _columns(connection, "files") != _COLUMNS:
+            raise sqlite3.DatabaseError(_OF_ANOTHER_VERSION)
 
     def close(self) -> None:
         self._connection.close()
@@ -210,9 +224,6 @@ class Index:
                 found,
             )
         return total, files
-
-    def _columns(self, table: str) -> set[str]:
-        return {name for _, name, *_ in self._connection.execute(f"PRAGMA table_info({table})")}
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:

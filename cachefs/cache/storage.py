@@ -31,7 +31,7 @@ NAME_BYTES = 24
 _NAME, _PREFIX, _BOOT = re.compile(r"[0-9a-f]{48}"), re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{32}")
 IN_USE, GONE = -1, -2
 """Why nothing was removed: somebody uses it; there was nothing."""
-NOT_A_FILE = (errno.ELOOP, errno.ENXIO)
+_NOT_A_FILE = (errno.ELOOP, errno.ENXIO)
 """Errors of opening what is a symbolic link or a socket."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -58,36 +58,30 @@ class Storage:
 
         Takes some 15 us. Raises StorageError.
         """
-        return self._open_locked(_relative(name), self._current)
+        opened = self._open_locked(name, self._current)
+        return opened and opened[0]
 
     def open_unchanged(self, name: bytes, size: int, mtime_ns: int) -> int | None:
-        """The same. Raises ChangedCopyError if it has not this size (bytes) and mtime, or is no regular file."""
-        try:
-            fd = self.open(name)
-        except StorageError as error:
-            if error.errno in NOT_A_FILE:
-                raise ChangedCopyError(0, "it is not as it was left", name.hex()) from None
-            raise
-        if fd is not None:
-            status = os.fstat(fd)
-            is_same = status.st_size == size and is_same_time(status.st_mtime_ns, mtime_ns)
-            if not is_same or not stat.S_ISREG(status.st_mode):
-                os.close(fd)
-                raise ChangedCopyError(0, "it is not as it was left", name.hex())
+        """The same. Raises ChangedCopyError if it has not this size (bytes) and mtime."""
+        opened = self._open_locked(name, self._current)
+        if opened is None:
+            return None
+        fd, status = opened
+        if status.st_size != size or not is_same_time(status.st_mtime_ns, mtime_ns):
+            os.close(fd)
+            raise ChangedCopyError(0, "it is not as it was left", name.hex())
         return fd
 
     def open_earlier(self, name: bytes, boot: str) -> int | None:
         """A descriptor of a file that was written before the machine's last boot, or None."""
-        return self._open_locked(f"{boot}/{_relative(name)}", self._files)
+        opened = self._open_locked(name, self._files, f"{boot}/")
+        return opened and opened[0]
 
     def adopt(self, name: bytes, boot: str) -> None:
         """Take a file, whose content was checked, as one of this boot."""
         if boot != self.boot:
-            try:
-                with self._folder(name, boot) as folder:
-                    self._into_current(folder, name)
-            except OSError as error:
-                raise _storage_error(error, name) from error
+            with storage_errors(name), self._folder(name, boot) as folder:
+                self._into_current(folder, name)
 
     def link(self, name: bytes, directory: int, new_name: bytes, size: int, mtime_ns: int) -> int | None:
         """Give a complete file a second name. Its locked descriptor, or None if there is no such file."""
@@ -201,10 +195,8 @@ class Storage:
 
     def commit(self, name: bytes) -> None:
         """Make a staged file a complete one."""
-        try:
+        with storage_errors(name):
             self._into_current(self._staging, name)
-        except OSError as error:
-            raise _storage_error(error, name) from error
 
     def discard_held(self, name: bytes) -> None:
         """Drop a staged file whose lock the caller holds."""
@@ -244,41 +236,47 @@ class Storage:
 
     def scan(self) -> Iterator[tuple[bytes, str, int]]:
         """(name, boot, size in bytes) of every complete file; some 3 us each."""
-        for boot, file in self._entries():
-            if file.is_file(follow_symlinks=False):
-                yield bytes.fromhex(file.name), boot, file.stat(follow_symlinks=False).st_size
+        for name, boot, size in self.scan_all():
+            if size is not None:
+                yield name, boot, size
 
-    def scan_strange(self) -> Iterator[tuple[bytes, str]]:
-        """(name, boot) of whatever bears the name of a file and is none: it was not made by us."""
-        for boot, file in self._entries():
-            if not file.is_file(follow_symlinks=False):
-                yield bytes.fromhex(file.name), boot
-
-    def _entries(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    def scan_all(self) -> Iterator[tuple[bytes, str, int | None]]:
+        """The same of whatever bears the name of a file; the size of what is none, and was not made by us, is None."""
         for boot, folders in _directories(self._files, _BOOT):
             for _, folder in _directories(folders, _PREFIX):
                 with os.scandir(folder) as files:
-                    yield from ((boot, file) for file in files if _NAME.fullmatch(file.name))
+                    for file in files:
+                        if _NAME.fullmatch(file.name):
+                            is_file = file.is_file(follow_symlinks=False)
+                            size = file.stat(follow_symlinks=False).st_size if is_file else None
+                            yield bytes.fromhex(file.name), boot, size
 
     def space(self) -> tuple[int, int]:
         """(bytes available to us, bytes in all) of the file system."""
         status = os.fstatvfs(self._files)
         return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 
-    def _open_locked(self, path: str, directory: int) -> int | None:
+    def _open_locked(self, name: bytes, directory: int, way: str = "") -> tuple[int, os.stat_result] | None:
+        """A locked descriptor of a complete file, and its status. Raises ChangedCopyError for what is no file."""
         try:
-            fd = open_beneath(path, _OPEN, directory)
+            fd = open_beneath(way + _relative(name), _OPEN, directory)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _storage_error(error, path) from error
+            if error.errno in _NOT_A_FILE:
+                raise ChangedCopyError(error.errno, "it is not a file", name.hex()) from error
+            raise _storage_error(error, name) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:
-                return fd
-        except BlockingIOError:
-            pass  # being removed
+        except BlockingIOError:  # being removed
+            os.close(fd)
+            return None
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink:
+            return fd, status
         os.close(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ChangedCopyError(0, "it is not a file", name.hex())
         return None
 
     def _into_current(self, directory: int, name: bytes) -> None:
@@ -340,5 +338,16 @@ def _relative(name: bytes) -> str:
     return f"{text[:2]}/{text}"
 
 
-def _storage_error(error: OSError, name: bytes | str) -> StorageError:
-    return StorageError(error.errno or 0, error.strerror or str(error), name if isinstance(name, str) else name.hex())
+@contextlib.contextmanager
+def storage_errors(name: bytes) -> Iterator[None]:
+    """Turn an OSError of a call on scratch into a StorageError."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise _storage_error(error, name) from error
+
+
+def _storage_error(error: OSError, name: bytes) -> StorageError:
+    return StorageError(error.errno or errno.EIO, error.strerror or str(error), name.hex())

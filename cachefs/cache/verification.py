@@ -51,8 +51,8 @@ class Checked:
     unchecked: int = 0
 
 
-Found = tuple[bytes, str, int]
-"""(name, boot, size in bytes) of a file in scratch."""
+Found = tuple[bytes, str, int | None]
+"""(name, boot, size in bytes) of a file in scratch; the size of what is none is None."""
 
 
 class Verification:
@@ -67,11 +67,9 @@ class Verification:
 
     def run(self, on_progress: Callable[[Checked], None]) -> Iterator[Fault]:
         """What is wrong, as it is found, but for what is missing. `on_progress` is called now and then."""
-        for name, boot in self._storage.scan_strange():
-            yield self._fault(name, boot, 0, STRANGE)
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
             try:
-                batches = _batches(self._storage.scan())
+                batches = _batches(self._storage.scan_all())
                 waiting = [pool.submit(self._check_all, batch) for batch in islice(batches, 2 * _THREADS)]
                 while waiting:
                     faults, checked = waiting.pop(0).result()
@@ -100,9 +98,11 @@ class Verification:
             record = self._recorded.get(name)
             if record is not None and record.boot != boot and boot != self._storage.boot:
                 record = None  # left over: another copy has taken its place
-            what = self._check(name, boot, size, record)
+            what = STRANGE if size is None else self._check(name, boot, size, record)
             if what is not None:
-                faults.append(self._fault(name, boot, size, what))
+                faults.append(self._fault(name, boot, size or 0, what))
+            if size is None:
+                continue
             checked.files += 1
             checked.bytes += size
             checked.unchecked += what is None and (record is None or not record.checksum)
@@ -143,7 +143,7 @@ def _batches(files: Iterable[Found]) -> Iterator[list[Found]]:
     size = 0
     for file in files:
         batch.append(file)
-        size += file[2]
+        size += file[2] or 0
         if len(batch) >= _FILES_A_JOB or size >= _BYTES_A_JOB:
             yield batch
             batch, size = [], 0

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from cachefs.cli.printing import complain
 from cachefs.config import format_size
 
+INTERRUPTED = 130
+"""Exit status of a command that was interrupted."""
 _LINE_SECONDS = 5.0
 
 Show = Callable[[int, int, int, int, bool], None]

@@ -8,12 +8,11 @@ import click
 
 from cachefs.cli.options import ConfiguredCommand, scratch_option, scratch_path
 from cachefs.cli.printing import complain, count, say
-from cachefs.cli.progress import progress_shown
+from cachefs.cli.progress import INTERRUPTED, progress_shown
 from cachefs.config import format_size
 from cachefs.mount.verify import verify as verify_scratch
 
 _MOST_LINES = 100
-INTERRUPTED = 130
 
 
 @click.command(cls=ConfiguredCommand)

@@ -12,14 +12,12 @@ import click
 
 from cachefs.cli.options import nonempty_path
 from cachefs.cli.printing import complain, count, say
-from cachefs.cli.progress import progress_shown
+from cachefs.cli.progress import INTERRUPTED, progress_shown
 from cachefs.config import format_size
 from cachefs.errors import CachefsError, UsageError
 from cachefs.mount.control_client import ask_for_all
 from cachefs.mount.mountinfo import Mount
 from cachefs.mount.unmount import find_our_mount, live_lease, scratch_of
-
-INTERRUPTED = 130
 
 
 @click.command()

@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cachefs.cache.index import Index, IndexDamagedError, Recorded, read_index, remove_index
+from cachefs.cache.index import IndexDamagedError, Recorded, forget_files, read_index, remove_index
 from cachefs.cache.ledger import Ledger
 from cachefs.cache.residency import FLUSH_SECONDS
 from cachefs.cache.scratch import Scratch, open_scratch, scratch_lock
@@ -31,10 +30,9 @@ _NOBODY = "verify"
 
 @dataclass
 class Verified:
-    """The outcome: what was checked, how many faults there were, and how many are left."""
+    """The outcome: what was checked, and how many faults are left."""
 
     checked: Checked = field(default_factory=Checked)
-    faults: int = 0
     left: int = 0
 
 
@@ -88,9 +86,8 @@ class _Verify:
             self._verified.checked = verification.checked
             for fault in self._still_missing(verification.missing()):
                 self._note_file(fault)  # not evicted, for then the index would not know it: it is counted still
-            if self._repair and self._gone and self._index.exists():
-                with closing(Index(self._index)) as index:
-                    index.forget(self._gone)
+            if self._repair and self._gone:
+                forget_files(self._index, self._gone)
             self._check_what_holds_still()
         finally:
             self._ledger.close()
@@ -123,7 +120,6 @@ class _Verify:
         self._note(f"{os.fsdecode(fault.path)}: {fault.what} ({fault.name.hex()})", is_mended=self._repair)
 
     def _note(self, line: str, *, is_mended: bool) -> None:
-        self._verified.faults += 1
         self._verified.left += not is_mended
         self._on_fault(line)
 

@@ -12,19 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MountedCache, detach, run_cachefs
+from tests.harness import MountedCache, detach, run_cachefs, verify
 from tests.mount.observing import counters
 from tests.mount.test_recovery import reboot
 
 SIZE = 50_000
 FILES = 12
-
-
-@pytest.fixture
-def mountpoint(tmp_path: Path) -> Path:
-    path = tmp_path / "mount"
-    path.mkdir()
-    return path
 
 
 @pytest.fixture
@@ -40,11 +33,6 @@ def filled(source: Path, mounted, mountpoint: Path) -> MountedCache:
 def read(cache: MountedCache) -> None:
     for number in range(FILES):
         assert (cache.path / f"{number}").read_bytes() == random.Random(number).randbytes(SIZE)
-
-
-def verify(cache: MountedCache, *options: str) -> tuple[int, str]:
-    done = run_cachefs("verify", "--scratch", cache.scratch, *options, check=False)
-    return done.returncode, done.stdout + done.stderr
 
 
 def copies(cache: MountedCache) -> list[Path]:
@@ -85,9 +73,9 @@ DAMAGES = {
 
 def test_all_is_well(filled: MountedCache):
     """While it is mounted, and when it is not; what a live mount has not recorded yet is no fault."""
-    assert verify(filled)[0] == 0
+    assert verify(filled.scratch)[0] == 0
     filled.unmount()
-    status, said = verify(filled)
+    status, said = verify(filled.scratch)
     assert (status, said) == (
         0,
         f"{filled.scratch}: {FILES} files, {FILES * SIZE / 1024:.1f} KiB checked: all is well\n",
@@ -105,23 +93,23 @@ def test_damage_is_found_and_repaired(
     for victim in victims:
         damage(victim)
     before = [path.lstat() for path in cache.scratch.rglob("*") if path.parent.name != "logs"]
-    status, said = verify(cache)
+    status, said = verify(cache.scratch)
     assert status == 1, said
     assert said.count(DAMAGES[damage]) == 2
     assert all(victim.name in said for victim in victims)
     assert said.count(str(source)) == 2, "the path of the source is not named"
     assert "to be repaired with --repair" in said
     assert len(before) == len([path for path in cache.scratch.rglob("*") if path.parent.name != "logs"])
-    status, said = verify(cache, "--repair")
+    status, said = verify(cache.scratch, "--repair")
     assert status == 1
     assert "2 faults repaired" in said or "3 faults repaired" in said  # without a mount the count is wrong too
-    assert verify(cache)[0] == 0, verify(cache)
+    assert verify(cache.scratch)[0] == 0, verify(cache.scratch)
     if not is_live:
         cache = mounted(source, at=mountpoint, scratch=filled.scratch)
     read(cache)
     assert counters(cache)["fetches"] == 2
     cache.unmount()
-    status, said = verify(cache)
+    status, said = verify(cache.scratch)
     assert status == 0, said
 
 
@@ -134,13 +122,13 @@ def test_what_a_dead_mount_left(filled: MountedCache, source: Path, mounted, mou
     with open(filled.scratch / "ledger", "r+b") as ledger:
         ledger.seek(8)
         ledger.write(struct.pack("<qq", 123, 1))
-    status, said = verify(filled)
+    status, said = verify(filled.scratch)
     assert status == 1
     assert "staging: 1 half-copied" in said
     assert "trees/deadbeef: of a mount that has died" in said
     assert f"ledger: it counts 1 files, 123 bytes, 0 reserved, and there are {FILES}, {FILES * SIZE} bytes" in said
-    assert verify(filled, "--repair")[0] == 1
-    assert verify(filled)[0] == 0
+    assert verify(filled.scratch, "--repair")[0] == 1
+    assert verify(filled.scratch)[0] == 0
     cache = mounted(source, at=mountpoint, scratch=filled.scratch)
     read(cache)
     assert counters(cache)["fetches"] == 0
@@ -150,15 +138,15 @@ def test_copies_from_before_the_last_boot(filled: MountedCache):
     """They are checked as all others; one of which nothing is known is dropped."""
     filled.unmount()
     folder = reboot(filled.scratch)
-    assert verify(filled)[0] == 0
+    assert verify(filled.scratch)[0] == 0
     victim = next(path for path in folder.rglob("*") if path.is_file())
     with closing(sqlite3.connect(filled.scratch / "index.db")) as connection, connection:
         connection.execute("DELETE FROM files WHERE name = ?", (bytes.fromhex(victim.name),))
-    status, said = verify(filled, "--repair")
+    status, said = verify(filled.scratch, "--repair")
     assert status == 1
     assert "nothing says what it should hold" in said
     assert not victim.exists()
-    assert verify(filled)[0] == 0
+    assert verify(filled.scratch)[0] == 0
 
 
 def test_a_damaged_index(filled: MountedCache, source: Path, mounted, mountpoint):
@@ -166,11 +154,11 @@ def test_a_damaged_index(filled: MountedCache, source: Path, mounted, mountpoint
     for path in filled.scratch.glob("index.db-*"):  # what is in there would mend it
         path.unlink()
     (filled.scratch / "index.db").write_bytes(b"no database" * 1000)
-    status, said = verify(filled)
+    status, said = verify(filled.scratch)
     assert status == 1
     assert "index.db: it is damaged" in said
     assert f"{FILES} files without a checksum" in said
-    assert verify(filled, "--repair")[0] == 1
+    assert verify(filled.scratch, "--repair")[0] == 1
     assert not (filled.scratch / "index.db").exists()
     cache = mounted(source, at=mountpoint, scratch=filled.scratch)
     read(cache)
@@ -185,10 +173,10 @@ def test_a_copy_in_use(filled: MountedCache, source: Path, mounted, mountpoint):
         for copy in copies(cache):
             if copy.read_bytes() == random.Random(0).randbytes(SIZE):
                 flip_keeping_times(copy)
-        status, said = verify(cache, "--repair")
+        status, said = verify(cache.scratch, "--repair")
         assert status == 1
         assert "1 fault repaired" in said
-    assert verify(cache)[0] == 0
+    assert verify(cache.scratch)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def mountpoint(tmp_path: Path) -> Path:
-    path = tmp_path / "mount"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def shown(source: Path, mounted, mountpoint: Path) -> Callable[[], MountedCache]:
     """`shown()` mounts the source as it is then."""
     return lambda: mounted(source, at=mountpoint)

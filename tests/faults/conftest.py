@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MountedCache, clean_environment, run_cachefs, wait_until
-from tests.mount.conftest import mounted, mountpoint, reader, slow_source  # noqa: F401 - fixtures
+from tests.harness import MountedCache, clean_environment, verify, wait_until
+from tests.mount.conftest import mounted, reader, slow_source  # noqa: F401 - fixtures
 from tests.mount.observing import counters, describe_tree
 
 READERS = Path(__file__).with_name("readers.py")
@@ -101,10 +101,14 @@ def run_armed(point: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=120, check=False)
 
 
-def verify(scratch: Path, *options: str) -> tuple[int, str]:
-    """Exit status and words of `cachefs verify`."""
-    done = run_cachefs("verify", "--scratch", scratch, *options, check=False)
-    return done.returncode, done.stdout + done.stderr
+def assert_undisturbed(dataset: Dataset, mountpoint: Path, readers: Callable[..., Readers]) -> None:
+    """Everything is read twice, beside readers, with every byte and without an error."""
+    reading = readers(mountpoint)
+    dataset.check(mountpoint)
+    dataset.check(mountpoint)
+    seen = reading.stop()
+    assert seen["read"]
+    assert not seen["errors"]
 
 
 def assert_sound(cache: MountedCache) -> None:

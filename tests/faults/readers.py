@@ -19,59 +19,126 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 PIECE = 64 * 1024
+MOST_WRONG = 20
 
 
 class Stopped(Exception):
     pass
 
 
-def read_and_compare(path: Path, data: bytes, dice: random.Random) -> str | None:
-    """What is wrong with a file: None if nothing is. Raises OSError. Sometimes only a part of it is read."""
+Read = Callable[[random.Random], "tuple[int, str | None]"]
+"""Reads something: how many bytes, and what is wrong with them, None if nothing is. Raises OSError."""
+
+
+@dataclass
+class Seen:
+    """What readers have seen: operations, and those of them without an error; errors by name."""
+
+    operations: int = 0
+    read: int = 0
+    bytes: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, other: Seen) -> None:
+        self.operations += other.operations
+        self.read += other.read
+        self.bytes += other.bytes
+        self.errors += other.errors
+        self.wrong += other.wrong
+
+
+def read_and_compare(path: Path, data: bytes, dice: random.Random) -> tuple[int, str | None]:
+    """Read a file that holds `data`, sometimes only a part of it: a Read."""
     fd = os.open(path, os.O_RDONLY)
     try:
         if dice.random() < 0.3 and data:
             offset = dice.randrange(len(data))
             got = os.pread(fd, PIECE, offset)
-            want = data[offset : offset + PIECE]
-            return None if got == want else f"{path} at {offset}: {len(got)} bytes that are not the source's"
+            is_right = got == data[offset : offset + PIECE]
+            return len(got), None if is_right else f"{path} at {offset}: {len(got)} bytes that are not the source's"
         offset = 0
         while got := os.pread(fd, dice.choice((4096, PIECE, 1 << 20)), offset):
             if got != data[offset : offset + len(got)]:
-                return f"{path} at {offset}: {len(got)} bytes that are not the source's"
+                return offset, f"{path} at {offset}: {len(got)} bytes that are not the source's"
             offset += len(got)
-        return None if offset == len(data) else f"{path}: {offset} bytes instead of {len(data)}"
+        return offset, None if offset == len(data) else f"{path}: {offset} bytes instead of {len(data)}"
     finally:
         os.close(fd)
 
 
-def work(mountpoint: Path, backing: Path, seed: int, answer: Any) -> None:
+def read_until_stopped(read: Read, seed: int, answer: Any) -> None:
+    """Call `read` until SIGTERM, and answer with what was seen."""
+
     def stop(*_: object) -> None:
         raise Stopped
 
     signal.signal(signal.SIGTERM, stop)
     dice = random.Random(seed)
-    read, wrong, errors = 0, [], Counter()
+    seen = Seen()
     try:
-        content = {path.relative_to(backing): path.read_bytes() for path in backing.rglob("*") if path.is_file()}
-        names = sorted(content)
         while True:
-            dice.shuffle(names)
-            for name in names:
-                try:
-                    problem = read_and_compare(mountpoint / name, content[name], dice)
-                except OSError as error:
-                    errors[errno.errorcode.get(error.errno or 0, str(error))] += 1
-                    time.sleep(0.002)
-                    continue
-                read += 1
-                if problem:
-                    wrong.append(problem)
+            seen.operations += 1
+            try:
+                size, problem = read(dice)
+            except OSError as error:
+                seen.errors[errno.errorcode.get(error.errno or 0, str(error))] += 1
+                time.sleep(0.002)
+                continue
+            seen.read += 1
+            seen.bytes += size
+            if problem and len(seen.wrong) < MOST_WRONG:
+                seen.wrong.append(problem)
     except Stopped:
-        answer.send((read, wrong[:20], dict(errors)))
+        answer.send(seen)
+
+
+class Crowd:
+    """Processes, one for each of `seeds`, that call `read` all the time."""
+
+    def __init__(self, read: Read, seeds: Iterable[int]) -> None:
+        fork = multiprocessing.get_context("fork")
+        self._processes, self._pipes = [], []
+        for seed in seeds:
+            receiving, sending = fork.Pipe(duplex=False)
+            self._processes.append(fork.Process(target=read_until_stopped, args=(read, seed, sending)))
+            self._processes[-1].start()
+            sending.close()
+            self._pipes.append(receiving)
+
+    def terminate(self) -> None:
+        for process in self._processes:
+            process.terminate()
+
+    def join(self) -> Seen:
+        """What all of them have seen, once they were terminated."""
+        seen = Seen()
+        for pipe in self._pipes:
+            with contextlib.suppress(EOFError):
+                seen.add(pipe.recv())
+        for process in self._processes:
+            process.join()
+        return seen
+
+
+def reads_of(mountpoint: Path, backing: Path) -> Read:
+    """Reads the files of `backing` at the mount, one after the other in an order that changes."""
+    content = {path.relative_to(backing): path.read_bytes() for path in backing.rglob("*") if path.is_file()}
+    left: list[Path] = []
+
+    def read(dice: random.Random) -> tuple[int, str | None]:
+        if not left:
+            left.extend(dice.sample(sorted(content), len(content)))
+        name = left.pop()
+        return read_and_compare(mountpoint / name, content[name], dice)
+
+    return read
 
 
 def main() -> None:
@@ -81,28 +148,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    pipes, processes = [], []
-    for number in range(arguments.processes):
-        receiving, sending = multiprocessing.Pipe(duplex=False)
-        seed = arguments.seed * 1000 + number
-        processes.append(
-            multiprocessing.Process(target=work, args=(arguments.mountpoint, arguments.backing, seed, sending))
-        )
-        processes[-1].start()
-        sending.close()
-        pipes.append(receiving)
-    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])
+    seeds = [arguments.seed * 1000 + number for number in range(arguments.processes)]
+    crowd = Crowd(reads_of(arguments.mountpoint, arguments.backing), seeds)
+    signal.signal(signal.SIGTERM, lambda *_: crowd.terminate())
     print("reading", flush=True)
-    read, wrong, errors = 0, [], Counter()
-    for pipe in pipes:
-        with contextlib.suppress(EOFError):
-            got = pipe.recv()
-            read += got[0]
-            wrong += got[1]
-            errors.update(got[2])
-    for process in processes:
-        process.join()
-    json.dump({"read": read, "wrong": wrong, "errors": dict(errors)}, sys.stdout)
+    json.dump(vars(crowd.join()), sys.stdout)
 
 
 if __name__ == "__main__":

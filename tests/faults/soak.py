@@ -11,13 +11,10 @@ processes, files, or room that is counted and not taken.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -25,56 +22,21 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from cachefs.demo.slow_source import SlowSource
 from tests.faults import versions
+from tests.faults.readers import Crowd
 from tests.harness import mounts_below, run_cachefs
 from tests.mount.observing import stored_bytes
 
-FILES, DIRECTORIES = 80, 6
+FILES, DIRECTORIES, READERS = 80, 6, 3
 CAPACITY = 12 << 20
 ELSEWHERE = b"not ours " * 1000
 OPTIONS = ("--metadata-ttl", "1", "--source-timeout", "2", "--policy", "lru", "--capacity", str(CAPACITY))
 PAUSE = 0.15
 HEAL_SECONDS = 60.0
-
-
-class Stopped(Exception):
-    pass
-
-
-def read_all_the_time(mountpoints: list[Path], names: list[str], seed: int, answer: Any) -> None:
-    """A reader: (operations, bytes, errors by name, what was wrong)."""
-
-    def stop(*_: object) -> None:
-        raise Stopped
-
-    dice = random.Random(seed)
-    operations = size = 0
-    errors: Counter[str] = Counter()
-    wrong: list[str] = []
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        while True:
-            root, name = dice.choice(mountpoints), dice.choice(names)
-            operations += 1
-            try:
-                if dice.random() < 0.1:
-                    os.listdir((root / name).parent)
-                    continue
-                got, problem = versions.check(root / name, name, dice)
-            except OSError as error:
-                errors[errno.errorcode.get(error.errno or 0, str(error))] += 1
-                time.sleep(0.002)
-                continue
-            size += got
-            if problem:
-                wrong.append(problem)
-    except Stopped:
-        answer.send((operations, size, dict(errors), wrong[:20]))
 
 
 class Soak:
@@ -96,6 +58,14 @@ class Soak:
         self.slow = SlowSource(self.backing, folder / "remote", latency=0.001)
         self.faults: Counter[str] = Counter()
         self.largest = 0
+
+    def read(self, dice: random.Random) -> tuple[int, str | None]:
+        """What the readers do."""
+        root, name = dice.choice(self.mountpoints), dice.choice(self.names)
+        if dice.random() < 0.1:
+            os.listdir((root / name).parent)
+            return 0, None
+        return versions.check(root / name, name, dice)
 
     # The mounts
 
@@ -195,15 +165,9 @@ class Soak:
     # The whole
 
     def run(self, seconds: float) -> dict[str, object]:
-        readers, pipes = [], []
         for place in self.mountpoints:
             self.mount(place)
-        for number in range(3):
-            receiving, sending = multiprocessing.Pipe(duplex=False)
-            arguments = (self.mountpoints, self.names, self.dice.randrange(1 << 30), sending)
-            readers.append(multiprocessing.Process(target=read_all_the_time, args=arguments, name=f"reader {number}"))
-            readers[-1].start()
-            pipes.append(receiving)
+        readers = Crowd(self.read, [self.dice.randrange(1 << 30) for _ in range(READERS)])
         kinds: list[Callable[[], None]] = [
             self.kill_a_daemon, self.kill_a_worker, self.mount_again, self.change_files, self.delete_a_file,
             self.bring_files_back, self.fail_the_source, self.hang_the_source, self.slow_the_source,
@@ -220,23 +184,16 @@ class Soak:
         self.heal_the_source()
         self.bring_files_back()
         problems = self._await_health()
-        for reader in readers:
-            reader.terminate()
-        seen = [pipe.recv() for pipe in pipes]
-        for reader in readers:
-            reader.join()
+        readers.terminate()
+        seen = readers.join()
         problems += self._conclude()
-        errors: Counter[str] = Counter()
-        for _, _, some, wrong in seen:
-            errors.update(some)
-            problems += wrong
         return {
-            "operations": sum(one[0] for one in seen),
-            "bytes": sum(one[1] for one in seen),
+            "operations": seen.operations,
+            "bytes": seen.bytes,
             "faults": dict(self.faults),
-            "errors": dict(errors),
+            "errors": dict(seen.errors),
             "largest": self.largest,
-            "problems": problems,
+            "problems": problems + seen.wrong,
         }
 
     def _await_health(self) -> list[str]:

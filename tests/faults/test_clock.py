@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from tests.faults.conftest import assert_sound, verify
-from tests.harness import clean_environment, run_cachefs
+from tests.faults.conftest import assert_sound
+from tests.harness import clean_environment, run_cachefs, verify
 from tests.mount.observing import counters, opens
 
 DAY = 86_400

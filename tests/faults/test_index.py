@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import assert_sound, verify
-from tests.harness import wait_until
+from tests.faults.conftest import assert_sound
+from tests.harness import verify, wait_until
 from tests.mount.observing import counters, opens
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from tests.conftest import needs_root
 from tests.faults.armed import EVICTING, FETCHING, PROMOTING, PURGING
-from tests.faults.conftest import Dataset, assert_sound, run_armed, verify
-from tests.harness import clean_environment, run_cachefs, wait_until
+from tests.faults.conftest import Dataset, assert_sound, run_armed
+from tests.harness import clean_environment, run_cachefs, verify, wait_until
 
 KILLS = Path(__file__).with_name("kills.py")
 

@@ -8,8 +8,8 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -20,34 +20,30 @@ from tests.faults.conftest import assert_sound
 from tests.harness import clean_environment, wait_until
 from tests.mount.observing import counters
 
-KILLS = Path(__file__).with_name("kills.py")
+
+@contextmanager
+def started_with(do: Callable[[], object]) -> Iterator[None]:
+    """What the harness starts within the block calls `do` before it becomes a command of ours."""
+    real = subprocess.run
+
+    def run(*arguments, **keywords):
+        return real(*arguments, preexec_fn=do, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        yield
 
 
-@pytest.fixture
-def limited(monkeypatch):
-    """`limited(resource.RLIMIT_X, value)`: what is started from now on has that limit, and cannot raise it."""
-    import tests.harness
-
-    def limit(which: int, value: int) -> None:
-        real = tests.harness.subprocess.run
-
-        def run(*arguments, **keywords):
-            keywords.setdefault("preexec_fn", lambda: resource.setrlimit(which, (value, value)))
-            return real(*arguments, **keywords)
-
-        monkeypatch.setattr(tests.harness.subprocess, "run", run)
-
-    yield limit
-    monkeypatch.undo()
+def limit(which: int, value: int) -> Callable[[], object]:
+    return lambda: resource.setrlimit(which, (value, value))
 
 
-def test_more_open_files_than_descriptors(source, mounted, mountpoint, limited, monkeypatch):
+def test_more_open_files_than_descriptors(source, mounted, mountpoint):
     """2,000 files are open at once, and the daemon may have 256 descriptors: the rest is served by the source."""
     for number in range(2000):
         (source / str(number)).write_bytes(str(number).encode() * 1000)
-    limited(resource.RLIMIT_NOFILE, 256)
-    cache = mounted(source, at=mountpoint)
-    monkeypatch.undo()
+    with started_with(limit(resource.RLIMIT_NOFILE, 256)):
+        cache = mounted(source, at=mountpoint)
     cache.expect_log("scratch failed|fetch failed|Too many open files")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
@@ -63,11 +59,10 @@ def test_more_open_files_than_descriptors(source, mounted, mountpoint, limited, 
     assert_sound(cache)
 
 
-def test_a_limit_of_file_size(dataset, mounted, mountpoint, limited, monkeypatch, readers):
+def test_a_limit_of_file_size(dataset, mounted, mountpoint, readers):
     """RLIMIT_FSIZE: what may not be written to scratch is served by the source."""
-    limited(resource.RLIMIT_FSIZE, 1 << 20)
-    cache = mounted(dataset.path, at=mountpoint)
-    monkeypatch.undo()
+    with started_with(limit(resource.RLIMIT_FSIZE, 1 << 20)):
+        cache = mounted(dataset.path, at=mountpoint)
     cache.expect_log("fetch failed path=b'large'")
     reading = readers(mountpoint)
     dataset.check(mountpoint)
@@ -116,10 +111,8 @@ MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 
 @needs_root
 @pytest.mark.skipif(not os.access(MEMORY_GROUPS / "memory.limit_in_bytes", os.W_OK), reason="no memory cgroups (v1)")
-def test_a_limit_of_memory(source, mounted, mountpoint, monkeypatch):
+def test_a_limit_of_memory(source, mounted, mountpoint):
     """A job's control group of 100 MB, through which 400 MB are fetched and read: nothing is killed."""
-    import tests.harness
-
     data = {f"{number}": os.urandom(20 << 20) for number in range(4)}
     for name, content in data.items():
         (source / name).write_bytes(content * 5)
@@ -127,14 +120,8 @@ def test_a_limit_of_memory(source, mounted, mountpoint, monkeypatch):
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(100 << 20))
-        real = tests.harness.subprocess.run
-
-        def run(*arguments, **keywords):
-            return real(*arguments, preexec_fn=lambda: (group / "cgroup.procs").write_text("0"), **keywords)
-
-        monkeypatch.setattr(tests.harness.subprocess, "run", run)
-        cache = mounted(source, at=mountpoint)
-        monkeypatch.undo()
+        with started_with(lambda: (group / "cgroup.procs").write_text("0")):
+            cache = mounted(source, at=mountpoint)
         assert str(cache.pid) in (group / "cgroup.procs").read_text().split()
         for _ in range(2):
             for name, content in data.items():
@@ -143,7 +130,6 @@ def test_a_limit_of_memory(source, mounted, mountpoint, monkeypatch):
         assert "oom_kill 0" in (group / "memory.oom_control").read_text()
         assert_sound(cache)
     finally:
-        monkeypatch.undo()
         wait_until(lambda: not (group / "cgroup.procs").read_text(), "its processes end")
         group.rmdir()
 

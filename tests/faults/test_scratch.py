@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import needs_root
-from tests.faults.conftest import KIB, MIB, Dataset, assert_sound, verify
-from tests.harness import run_cachefs, wait_until
+from tests.faults.conftest import KIB, MIB, Dataset, assert_sound, assert_undisturbed
+from tests.harness import run_cachefs, verify, wait_until
 from tests.mount.observing import counters
 
 ANY_FAILURE = "scratch failed|fetch failed|staged copy not removed|index not|no room|not removed|not recorded|trees"
@@ -158,12 +158,7 @@ def test_a_full_file_system(dataset, mounted, mountpoint, readers, file_system):
     with open(place / "filler", "wb") as filler:
         with pytest.raises(OSError, match="No space left"):
             fill(filler.fileno())
-        reading = readers(mountpoint)
-        dataset.check(mountpoint)
-        dataset.check(mountpoint)
-        seen = reading.stop()
-        assert seen["read"]
-        assert not seen["errors"]
+        assert_undisturbed(dataset, mountpoint, readers)
         assert counters(cache)["bypasses"]
     (place / "filler").unlink()
     wait_until(lambda: (mountpoint / "0/0").read_bytes() is not None and counters(cache)["fetches"] > 1, "room", 30)
@@ -188,12 +183,7 @@ def test_a_disk_that_fails(dataset, mounted, mountpoint, readers, file_system, t
     Path("/proc/sys/vm/drop_caches").write_text("3")
     with pytest.raises(OSError, match="Errno"):
         [copy.read_bytes() for copy in cache.resident_data_files()]
-    reading = readers(mountpoint)
-    dataset.check(mountpoint)
-    dataset.check(mountpoint)
-    seen = reading.stop()
-    assert seen["read"]
-    assert not seen["errors"]
+    assert_undisturbed(dataset, mountpoint, readers)
     run_cachefs("umount", mountpoint, check=False)
     assert not cache.is_mounted()
 

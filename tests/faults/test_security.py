@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from cachefs.mount.purge import purge
 from tests.commands.places import Place
 from tests.conftest import needs_root
-from tests.faults.conftest import verify
-from tests.harness import run_cachefs
+from tests.harness import run_cachefs, verify
 from tests.mount.observing import describe_tree
 from tests.unit.profile import FIXED
 

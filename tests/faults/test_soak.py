@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -18,6 +19,6 @@ def test_two_minutes(tmp_path):
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False, timeout=380)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "wrong or left: 0" in done.stdout
-    faults = eval(re.search(r"^faults: (.*)$", done.stdout, re.MULTILINE)[1])
+    faults = ast.literal_eval(re.search(r"^faults: (.*)$", done.stdout, re.MULTILINE)[1])
     assert sum(faults.values()) > 50
     assert list(tmp_path.iterdir()) == []

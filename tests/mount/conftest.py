@@ -33,14 +33,6 @@ def mounted(slow_source: object, mounted: Callable[..., MountedCache]) -> Callab
 
 
 @pytest.fixture
-def mountpoint(tmp_path: Path) -> Path:
-    """An empty directory that is not the source."""
-    path = tmp_path / "mount"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def reader() -> Iterator[Callable[..., Reader]]:
     """`reader(path, offset=..., size=...)` reads in a process of its own, which ends with the test, hung or not."""
     made: list[Reader] = []
