@@ -7,11 +7,11 @@ Invariants:
 - A chunk is read by a second thread while the one before it is checked, written and summed: the source never waits
   for scratch. For one small file a thread costs more than it gives; such a file is one chunk.
 
-The kernel's own copy is not used. Every copy needs its checksum, and that costs 2.0 us of a file of 110 KB while it is
+The kernel's own copy is not used. Every copy needs its checksum, and that costs 2.1 us of a file of 110 KB while it is
 in memory; a kernel's copy would have to be read again. From the page cache to tmpfs, us a file (medians of
-benchmarks/results/fetching.json): read, sum, write 66.3; copy_file_range and sum 71.9; copy_file_range or sendfile
-alone 58.1 and 57.9. For 4 KB: 14.7; 16.2; 13.5 and 13.7. So the kernel would win 13% of a copy that is never checked,
-and loses 8% with its checksum.
+benchmarks/results/fetching.json): read, sum, write 65.7; copy_file_range and sum 68.2; copy_file_range or sendfile
+alone 57.7 and 58.5. For 4 KB: 14.5; 16.2; 13.3 and 13.8. So the kernel would win 12% of a copy that is never checked,
+and loses 4% with its checksum.
 """
 
 from __future__ import annotations
