@@ -58,19 +58,29 @@ def read_and_compare(path: Path, data: bytes, dice: random.Random) -> tuple[int,
     """Read a file that holds `data`, sometimes only a part of it: a Read."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        if dice.random() < 0.3 and data:
-            offset = dice.randrange(len(data))
-            got = os.pread(fd, PIECE, offset)
-            is_right = got == data[offset : offset + PIECE]
-            return len(got), None if is_right else f"{path} at {offset}: {len(got)} bytes that are not the source's"
-        offset = 0
-        while got := os.pread(fd, dice.choice((4096, PIECE, 1 << 20)), offset):
-            if got != data[offset : offset + len(got)]:
-                return offset, f"{path} at {offset}: {len(got)} bytes that are not the source's"
-            offset += len(got)
-        return offset, None if offset == len(data) else f"{path}: {offset} bytes instead of {len(data)}"
+        return compare(fd, data, dice, str(path))
     finally:
         os.close(fd)
+
+
+def compare(fd: int, data: bytes, dice: random.Random, what: str) -> tuple[int, str | None]:
+    """Read an open file that holds `data`, sometimes only a part of it: a Read. A read may give less than was asked for,
+    as where the daemon dies in the middle; then the rest is asked for."""
+    start, end = 0, len(data)
+    if dice.random() < 0.3 and data:
+        start = dice.randrange(len(data))
+        end = min(len(data), start + PIECE)
+    at = start
+    while at < end:
+        got = os.pread(fd, dice.choice((4096, PIECE, 1 << 20)), at)
+        if not got:
+            return at - start, f"{what}: {at} bytes instead of {len(data)}"
+        if got != data[at : at + len(got)]:
+            return at - start, f"{what} at {at}: {len(got)} bytes that are not the source's"
+        at += len(got)
+    if at >= len(data) and os.pread(fd, 1, len(data)):
+        return at - start, f"{what}: more than {len(data)} bytes"
+    return at - start, None
 
 
 def read_until_stopped(read: Read, seed: int, answer: Any) -> None:

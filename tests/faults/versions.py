@@ -10,6 +10,8 @@ import random
 import struct
 from pathlib import Path
 
+from tests.faults.readers import compare
+
 _HEAD = struct.Struct("<8sQ")  # magic, version
 HEAD_BYTES = _HEAD.size
 _MAGIC = b"versions"
@@ -38,15 +40,6 @@ def check(path: Path, name: str, dice: random.Random) -> tuple[int, str | None]:
         if len(head) != HEAD_BYTES or not head.startswith(_MAGIC):
             return len(head), f"{name}: it begins with {head!r}"
         version = _HEAD.unpack(head)[1]
-        expected = content(name, version)
-        offset = dice.randrange(len(expected)) if dice.random() < 0.3 else 0
-        end = min(len(expected), offset + 200_000) if offset else len(expected)
-        at = offset
-        while at < end:
-            got = os.pread(fd, dice.choice((5000, 65_536, 1 << 20)), at)
-            if not got or got != expected[at : at + len(got)]:
-                return at - offset, f"{name}, version {version}, at {at}: {len(got)} bytes that are not its own"
-            at += len(got)
-        return at - offset, None
+        return compare(fd, content(name, version), dice, f"{name}, version {version}")
     finally:
         os.close(fd)
