@@ -147,8 +147,9 @@ class Cache:
     def _changed(self, name: bytes, version: bytes) -> Resident:
         """A copy of this boot that has changed, to be checked as one of an earlier boot is."""
         known = self._residency.get(name)
-        checksum = known.checksum if known is not None else b""
-        return Resident(name, size_of(version), checksum, self._storage.boot)
+        if known is None:
+            return Resident(name, size_of(version), b"", self._storage.boot)
+        return known._replace(boot=self._storage.boot)
 
     def _file(
         self, name: bytes, path: bytes, version: bytes, fd: int | None = None, fetch: Fetch | None = None

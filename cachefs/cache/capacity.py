@@ -192,7 +192,7 @@ class CapacityKeeper:
             self._residency.discard(file[0])
             if answer != GONE:
                 freed += answer
-                self._ledger.remove(answer)
+                self._ledger.remove(file[2])  # what was counted, whatever became of it since
                 self._metrics.evictions += 1
         log.debug("evicted files=%d bytes=%d in_use=%d", len(files) - len(kept), freed, len(kept))
         return freed, kept

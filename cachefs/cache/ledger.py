@@ -87,6 +87,11 @@ class Ledger:
         self._map.close()
         os.close(self._fd)
 
+    @property
+    def is_doubted(self) -> bool:
+        """Whether the count may be too high, so that the next mount without company counts afresh."""
+        return bool(_HEADER.unpack_from(self._map)[-1])
+
     def doubt(self) -> None:
         """The count may be wrong: have the next mount without company count afresh."""
         with self._locked():

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,25 @@ def claim_scratch(path: Path) -> Scratch:
     Scratch's lock is held on return, so that nobody purges it before this mount has joined, which releases it.
     """
     _refuse_unsafe_parents(path)
-    made, fd = _make_and_lock(path)
+    with undisturbed() as before:
+        return _claim(path, before)
+
+
+@contextmanager
+def undisturbed() -> Iterator[set[int | signal.Signals]]:
+    """Signals wait until the block has ended. It is given those that were blocked before.
+
+    A process that they end in between could leave a directory that we made and that has no mark, which would stay.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _claim(path: Path, waiting_mask: set[int | signal.Signals]) -> Scratch:
+    made, fd = _make_and_lock(path, waiting_mask)
     try:
         names = os.listdir(fd)
         if MARK in names:
@@ -101,8 +120,11 @@ def _refuse_unsafe_parents(path: Path) -> None:
             )
 
 
-def _make_and_lock(path: Path) -> tuple[bool, int]:
-    """(Whether it was made just now, a descriptor that holds scratch's lock) of the directory `path`."""
+def _make_and_lock(path: Path, waiting_mask: set[int | signal.Signals]) -> tuple[bool, int]:
+    """(Whether it was made just now, a descriptor that holds scratch's lock) of the directory `path`.
+
+    While somebody else has the lock, and so has marked it, `waiting_mask` holds for signals.
+    """
     while True:
         made = False
         try:
@@ -120,7 +142,12 @@ def _make_and_lock(path: Path) -> tuple[bool, int]:
             fd = _open_own_directory(path)
         except FileNotFoundError:  # purged since
             continue
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mask = signal.pthread_sigmask(signal.SIG_SETMASK, waiting_mask)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if is_still_at(fd, path):
             return made, fd
         os.close(fd)  # the last mount's purge removed it while we waited: make it anew
@@ -206,8 +233,10 @@ def scratch_lock(fd: int) -> Iterator[None]:
 
 def _write_mark(fd: int, made: bool) -> None:
     mark = os.open(MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=fd)
-    with open(mark, "w") as file:
-        json.dump({"format": FORMAT, "directory_made_by_cachefs": made}, file)
+    try:
+        os.write(mark, json.dumps({"format": FORMAT, "directory_made_by_cachefs": made}).encode())
+    finally:
+        os.close(mark)
 
 
 def _read_mark(fd: int, path: Path) -> bool:
@@ -220,6 +249,9 @@ def _read_mark(fd: int, path: Path) -> bool:
             "name the one that was used with --scratch",
         ) from None
     with open(mark) as file:
+        status = os.fstat(mark)
+        if stat.S_ISREG(status.st_mode) and not status.st_size:  # whoever made it was killed at that moment
+            return False
         try:
             content = json.load(file)
             version, made = content["format"], bool(content["directory_made_by_cachefs"])

@@ -13,7 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachefs.cache.scratch import DIRECTORIES, FILES, MARK, Scratch, is_still_at, open_scratch, scratch_lock
+from cachefs.cache.scratch import (
+    DIRECTORIES,
+    FILES,
+    MARK,
+    Scratch,
+    is_still_at,
+    open_scratch,
+    scratch_lock,
+    undisturbed,
+)
 from cachefs.cache.trees import fell
 from cachefs.errors import CachefsError, describe
 from cachefs.mount.leases import live_leases
@@ -59,14 +68,13 @@ def purge(path: Path) -> Purged:
                 removed = _remove_tree(scratch.fd, name, here)
                 if name in ("files", "staging"):
                     files, size = files + removed[0], size + removed[1]
-            for name in sorted(FILES, key=lambda name: name == MARK):  # the mark last: until then it can be resumed
-                try:
-                    os.unlink(name, dir_fd=scratch.fd)
-                except FileNotFoundError:
-                    continue
-            kept = tuple(sorted(os.listdir(scratch.fd)))
-            if scratch.made and not kept:
-                os.rmdir(path)
+            with undisturbed():
+                for name in sorted(FILES, key=lambda name: name == MARK):  # the mark last: until then it can be resumed
+                    with suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=scratch.fd)
+                kept = tuple(sorted(os.listdir(scratch.fd)))
+                if scratch.made and not kept:
+                    os.rmdir(path)
     except OSError as error:
         raise CachefsError(
             f"purge of {path} stopped at {error.filename or path}: {describe(error)}",

@@ -85,7 +85,7 @@ class _Verify:
                 self._note_file(fault)
             self._verified.checked = verification.checked
             for fault in self._still_missing(verification.missing()):
-                self._note_file(fault)  # not evicted, for then the index would not know it: it is counted still
+                self._note_file(fault)
             if self._repair and self._gone:
                 forget_files(self._index, self._gone)
             self._check_what_holds_still()
@@ -113,9 +113,12 @@ class _Verify:
         return missing
 
     def _note_file(self, fault: Fault) -> None:
-        if self._repair and (fault.what == MISSING or self._storage.drop(fault.name, fault.boot)):
-            self._ledger.remove(fault.size)
-            self._ledger.doubt()
+        if self._repair:
+            if fault.what == MISSING:  # or evicted, and the index was not told: then it is not counted any more
+                self._ledger.doubt()
+            elif self._storage.drop(fault.name, fault.boot):
+                self._ledger.remove(fault.size)
+                self._ledger.doubt()
         self._gone.append(fault.name)
         self._note(f"{os.fsdecode(fault.path)}: {fault.what} ({fault.name.hex()})", is_mended=self._repair)
 
@@ -131,11 +134,12 @@ class _Verify:
             sizes = [size for _, _, size in self._storage.scan()]
             stored = self._ledger.stored()
             if stored != (sum(sizes), len(sizes)) or self._ledger.reserved():
-                self._note(
-                    f"ledger: it counts {stored[1]} files, {stored[0]} bytes, {self._ledger.reserved()} reserved, and"
-                    f" there are {len(sizes)}, {sum(sizes)} bytes",
-                    is_mended=self._repair,
-                )
+                if not self._ledger.is_doubted:  # else the next mount counts afresh anyway
+                    self._note(
+                        f"ledger: it counts {stored[1]} files, {stored[0]} bytes, {self._ledger.reserved()} reserved,"
+                        f" and there are {len(sizes)}, {sum(sizes)} bytes",
+                        is_mended=self._repair,
+                    )
                 if self._repair:
                     self._ledger.reset(sum(sizes), len(sizes))
 

@@ -196,7 +196,7 @@ class TestScratch:
         place.write(place.scratch / "thesis", "important")
         self.refused(place, place.scratch, "holds files that are not of cachefs", f"--scratch {place.scratch}/cachefs")
 
-    @pytest.mark.parametrize("content", ["", "{}", "not json", '{"format": 99, "directory_made_by_cachefs": true}'])
+    @pytest.mark.parametrize("content", ["{}", "not json", '{"format": 99, "directory_made_by_cachefs": true}'])
     def test_with_a_damaged_mark(self, place: Place, content: str):
         place.make("scratch", mode=0o700)
         place.write(place.scratch / "cachefs-scratch", content)

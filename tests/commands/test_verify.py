@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MountedCache, detach, run_cachefs, verify
-from tests.mount.observing import counters
+from tests.harness import MountedCache, detach, run_cachefs, verify, wait_until
+from tests.mount.observing import counters, stored_bytes
 from tests.mount.test_recovery import reboot
 
 SIZE = 50_000
@@ -163,6 +163,30 @@ def test_a_damaged_index(filled: MountedCache, source: Path, mounted, mountpoint
     cache = mounted(source, at=mountpoint, scratch=filled.scratch)
     read(cache)
     assert counters(cache)["fetches"] == 0
+
+
+def test_an_eviction_that_the_index_does_not_know(source: Path, mounted, mountpoint: Path, tmp_path: Path):
+    """It is counted no more: taking it off again would let scratch grow beyond its capacity."""
+    for number in range(9):
+        (source / f"{number}").write_bytes(random.Random(number).randbytes(SIZE))
+    options = ("--policy", "lru", "--capacity", str(7 * SIZE))
+    (tmp_path / "other").mkdir()
+    other = mounted(source, *options, at=tmp_path / "other")
+    cache = mounted(source, *options, at=mountpoint, scratch=other.scratch)
+    for number in range(6):
+        (mountpoint / f"{number}").read_bytes()
+    with closing(sqlite3.connect(cache.scratch / "index.db")) as connection:
+        wait_until(lambda: connection.execute("SELECT count(*) FROM files").fetchone() == (6,), "they are recorded")
+        connection.execute("BEGIN IMMEDIATE")  # from here on nothing is
+        for number in range(6, 9):
+            (mountpoint / f"{number}").read_bytes()
+        assert counters(cache)["evictions"] >= 2
+        cache.kill()
+        detach(mountpoint)
+    status, said = verify(cache.scratch, "--repair")
+    assert status == 1
+    assert said.count("it is not there") >= 2
+    assert counters(other)["resident_bytes"] == stored_bytes(cache.scratch)
 
 
 def test_a_copy_in_use(filled: MountedCache, source: Path, mounted, mountpoint):

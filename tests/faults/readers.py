@@ -64,8 +64,10 @@ def read_and_compare(path: Path, data: bytes, dice: random.Random) -> tuple[int,
 
 
 def compare(fd: int, data: bytes, dice: random.Random, what: str) -> tuple[int, str | None]:
-    """Read an open file that holds `data`, sometimes only a part of it: a Read. A read may give less than was asked for,
-    as where the daemon dies in the middle; then the rest is asked for."""
+    """Read an open file that holds `data`, sometimes only a part of it: a Read.
+
+    A read may give less than was asked for, as where the daemon dies in the middle; then the rest is asked for.
+    """
     start, end = 0, len(data)
     if dice.random() < 0.3 and data:
         start = dice.randrange(len(data))
