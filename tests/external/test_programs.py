@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MountedCache
+from tests.harness import MountedCache, wait_until
+from tests.mount.observing import counters
 
 MIB = 1 << 20
 
@@ -48,6 +49,34 @@ def test_fio_verifies_what_it_has_written(engine, source, shown, mountpoint, tmp
     for pattern in ("read", "randread"):
         reading = [f"--rw={pattern}", f"--directory={mountpoint}", f"--ioengine={engine}", "--readonly"]
         run("fio", *job, *reading, "--verify_state_save=0", "--create_on_open=0", cwd=tmp_path)
+
+
+@needs("stress-ng")
+@needs("unshare")
+@pytest.mark.parametrize("is_promoted", [False, True], ids=["served", "promoted"])
+@pytest.mark.parametrize("stressor", ["fstat", "getdent"])
+def test_stress_ng(stressor, is_promoted, source, mounted, mountpoint):
+    """Those of its file system stressors that make no files. They walk /tmp, where they alone see the mount."""
+    for number in range(200):
+        folder = source / f"{number % 10}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}").write_bytes(bytes(number))
+        (source / f"{number}.txt").write_bytes(bytes(number))
+    cache = mounted(source, at=mountpoint, env={"CACHEFS_NO_PROMOTE": "0" if is_promoted else "1"})
+    content = content_below(mountpoint)
+    wait_until(lambda: counters(cache)["promoted_files"] == 400 * is_promoted, "all is promoted")
+    before = counters(cache)["requests"]
+    aim = ["--fstat-dir", "/tmp"] if stressor == "fstat" else []
+    stress = ["stress-ng", f"--{stressor}", "4", f"--{stressor}-ops", "20000", "--temp-path", "/var/tmp", *aim]
+    private = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    run(*private, "sh", "-c", f"mount --rbind '{mountpoint}' /tmp && cd / && exec {' '.join(stress)}")
+    asked = counters(cache)["requests"] - before  # far fewer than there were calls: the kernel keeps attributes
+    assert (asked == 0) == is_promoted, asked
+    assert content_below(mountpoint) == content
+
+
+def content_below(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 @needs("rsync")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -186,6 +187,38 @@ def test_a_disk_that_fails(dataset, mounted, mountpoint, readers, file_system, t
     assert_undisturbed(dataset, mountpoint, readers)
     run_cachefs("umount", mountpoint, check=False)
     assert not cache.is_mounted()
+
+
+@needs_root
+def test_a_disk_that_gets_read_only(dataset, mounted, mountpoint, readers, file_system, tmp_path):
+    """As the kernel makes it after an error. What is there is served, the rest by the source; no mount is made."""
+    device = tmp_path / "device"
+    with open(device, "wb") as file:
+        file.truncate(64 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-F", device], check=True)
+    place = file_system(device, "-o", "loop,errors=remount-ro")
+    scratch = place / "scratch"
+    cache = mounted(dataset.path, "--capacity", "40M", at=mountpoint, scratch=scratch)
+    cache.expect_log(f"{ANY_FAILURE}|error=")
+    for name in list(dataset.content)[:20]:
+        (mountpoint / name).read_bytes()
+    number = os.stat(place).st_dev
+    name = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve().name
+    Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("a test")
+    with pytest.raises(OSError, match="Read-only"):
+        (place / "new").touch()
+    assert_undisturbed(dataset, mountpoint, readers)
+    assert counters(cache)["hits"] >= 20
+    assert counters(cache)["bypasses"]
+    run_cachefs("umount", mountpoint, check=False)
+    assert not cache.is_mounted()
+    done = run_cachefs("mount", dataset.path, mountpoint, "--scratch", scratch, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "Read-only file system" in done.stderr
+    done = run_cachefs("run", "--data", dataset.path, "--scratch", scratch, "--", "md5sum", dataset.path / "middle")
+    assert done.stdout.startswith(hashlib.md5(dataset.content["middle"]).hexdigest())
+    assert "Read-only file system" in done.stderr
 
 
 def overwrite_inodes(device: Path) -> None:

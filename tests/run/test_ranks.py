@@ -254,7 +254,7 @@ TORCHRUN = (
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_torchrun_inside_a_run(place: JobPlace):
     script = place.write(place.path / "train.py", RANK)
-    done = place.cached(*TORCHRUN, script, place.source, env={"OMP_NUM_THREADS": "1"})
+    done = place.cached(*TORCHRUN, script, place.source, env={"OMP_NUM_THREADS": "1", "TMPDIR": str(place.path)})
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout.splitlines()[-1])
     assert first == second
@@ -269,7 +269,7 @@ def test_torchrun_around_runs(place: JobPlace):
     """`torchrun --no-python cachefs run ... python train.py`: its ranks share."""
     script = place.write(place.path / "train.py", RANK)
     line = [*TORCHRUN, "--no-python", *place.line(), sys.executable, script, place.source]
-    done = place.cached_by_shell(" ".join(map(str, ["OMP_NUM_THREADS=1", *line])))
+    done = place.cached_by_shell(" ".join(map(str, ["OMP_NUM_THREADS=1", f"TMPDIR={place.path}", *line])))
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout.splitlines()[-1])
     assert first == second
