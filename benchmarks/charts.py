@@ -32,9 +32,9 @@ def draw(run: Run, folder: Path) -> list[Path]:
 
 
 def _bars(run: Run) -> list[tuple[str, list[Result]]]:
-    """The times of each case in its first circumstances: what a workload measures first is its main question."""
+    """The times, or hit rates, of each case in its first circumstances: what is measured first is the main question."""
     panels = []
-    times = [result for result in run.results if result.quantity == "time"]
+    times = [result for result in run.results if result.quantity in ("time", "hit rate")]
     for case in dict.fromkeys(result.case for result in times):
         of_case = [result for result in times if result.case == case]
         usual = of_case[0].circumstances

@@ -17,7 +17,7 @@ RATIO = "ratio"
 
 Circumstances = dict[str, float]
 """What a value depends on besides contender and case: `processes`, `latency_ms`, `bandwidth_mb_s`, `files`,
-`file_bytes`."""
+`file_bytes`, `capacity_share`."""
 
 
 def describe_circumstances(circumstances: Circumstances) -> str:
@@ -27,6 +27,7 @@ def describe_circumstances(circumstances: Circumstances) -> str:
         "latency_ms": lambda value: f"{value:g} ms",
         "bandwidth_mb_s": lambda value: f"{value:,.0f} MB/s",
         "files": lambda value: f"{value:,.0f} files",
+        "capacity_share": lambda value: f"capacity {value:.0%}",
         "file_bytes": lambda value: f"{value:,.0f} bytes each",
     }
     return ", ".join(forms[name](value) for name, value in circumstances.items())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cachefs.errors import UsageError
 
-POLICIES = ("hold", "lru")
+POLICIES = ("hold", "lru", "auto")
 PREFETCH_MODES = ("auto", "all", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 RESERVED_SHARE = 0.05

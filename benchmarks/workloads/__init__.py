@@ -13,5 +13,6 @@ WORKLOADS = (
     "requests",
     "fetching",
     "growth",
+    "policies",
 )
 """In the order in which they are run."""

@@ -60,6 +60,7 @@ class Cache:
         """
         version = version_of(attributes)
         name = self._residency.name_of(path, version)
+        self._capacity.note_open(name, size_of(version))
         is_changed = False
         try:
             fd = self._open_resident(name, path, version)
@@ -100,6 +101,7 @@ class Cache:
 
     def count_open(self, file: OpenFile) -> None:
         """Count one more open of a file that is open already."""
+        self._capacity.note_open(file.name, file.size)
         kind = file.kind
         if kind == "hit":
             self._metrics.hits += 1

@@ -3,8 +3,9 @@
 Invariants:
 - Nothing is written that was not reserved before; see the ledger for what a reservation guarantees.
 - What goes first: copies of superseded versions; then files of datasets that no live mount uses; then what was fetched
-  ahead and not opened yet; then, under `lru` alone, this dataset's least recently used. Files of other live datasets,
-  and files that are open, stay. For a file that is fetched ahead only the first two go.
+  ahead and not opened yet; then, under `lru`, and under `auto` while that is better, this dataset's least recently
+  used. Files of other live datasets, and files that are open, stay. For a file that is fetched ahead only the first two
+  go.
 - The file system keeps RESERVED_SHARE of its space free, whatever the capacity says.
 """
 
@@ -13,9 +14,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 import trio
 
+from cachefs.cache.ghosts import HOLD, LRU, Ghosts
 from cachefs.cache.ledger import Ledger
 from cachefs.cache.residency import Residency
 from cachefs.cache.storage import GONE, IN_USE, Storage
@@ -52,15 +55,40 @@ class CapacityKeeper:
         self.size = size
         self._ledger = ledger
         self._policy = policy
+        self._ghosts = Ghosts(size)
         self._storage = storage
         self._residency = residency
         self._copies = copies
         self._index = index
         self._live_datasets = live_datasets
         self._metrics = metrics
+        self.promoted_bytes = 0
+        """What cannot be evicted because it is promoted; its opens are not seen either."""
         self._evicting = trio.Lock()
         self._nothing_unused_until = -math.inf
         self._suspended_until = -math.inf
+
+    def note_open(self, name: bytes, size: int) -> None:
+        """A file was opened, wherever its bytes come from."""
+        self._ghosts.open(name, size)
+
+    def status(self) -> dict[str, Any]:
+        """What the policy does now; and the hit rates (0 to 1) to expect of both ways, None before they are known."""
+        rates = self._ghosts.rates
+        return {
+            "policy_now": LRU if self._evicts_used else HOLD,
+            "expected_hit_rates": rates and {"hold": round(rates.hold, 3), "lru": round(rates.lru, 3)},
+        }
+
+    @property
+    def _evicts_used(self) -> bool:
+        """Whether what this dataset has used gives way to what it wants now."""
+        return (self._ghosts.way if self._policy == "auto" else self._policy) == LRU
+
+    def _aim_ghosts(self) -> None:
+        """Others' files and promoted ones leave the less to choose from."""
+        others = max(0, self._ledger.stored()[0] - self._residency.bytes)
+        self._ghosts.capacity = max(0, self.size - others - self.promoted_bytes)
 
     async def reserve(self, size: int, *, ahead: bool = False) -> bool:
         """Reserve `size` bytes, evicting if that helps. False if there is no room: serve from the source.
@@ -71,6 +99,7 @@ class CapacityKeeper:
             return False
         if self._try(size):
             return True
+        self._aim_ghosts()
         async with self._evicting:
             while not self._try(size):
                 extra = min(int(self.size * _BATCH_SHARE), _BATCH_BYTES)
@@ -127,7 +156,7 @@ class CapacityKeeper:
             return False
         if (await self._remove(self._residency.take_unopened(size)))[0]:
             return True
-        if self._policy == "lru":
+        if self._evicts_used:
             return await self._evict_oldest(size)
         return False
 

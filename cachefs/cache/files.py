@@ -104,7 +104,7 @@ class OpenFile:
     ) -> None:
         self.path = path
         self.size = size_of(version)
-        self._name = name
+        self.name = name
         self._version = version
         self._storage = storage
         self._scratch_reader = scratch_reader
@@ -187,8 +187,8 @@ class OpenFile:
     def _open_copy(self, *, staged: bool) -> int | None:
         """The staged copy, which may have become the complete one by now; None if scratch failed or evicted it."""
         try:
-            fd = self._storage.open_staged(self._name) if staged else None
-            return self._storage.open(self._name) if fd is None else fd
+            fd = self._storage.open_staged(self.name) if staged else None
+            return self._storage.open(self.name) if fd is None else fd
         except StorageError as error:
             log.warning("scratch failed path=%r error=%r", self.path, error.strerror)
             return None
@@ -220,7 +220,7 @@ class OpenFile:
         finally:
             self._reads -= 1
             self._close_retired()
-        log.warning("scratch failed path=%r copy=%s error=%r", self.path, self._name.hex(), reason)
+        log.warning("scratch failed path=%r copy=%s error=%r", self.path, self.name.hex(), reason)
         return None
 
     async def _read_source(self, offset: int, size: int) -> Buffer:

@@ -59,6 +59,8 @@ class Residency:
         self._unopened: dict[bytes, int] = {}
         self._flushing = trio.Lock()
         self._has_dropped = False
+        self.bytes = 0
+        """What the files of the view take together."""
         self.has_lost = False
         """Whether the index lacks something for good."""
         self.on_add: Callable[[bytes], None] | None = None
@@ -105,14 +107,14 @@ class Residency:
         """The source has `name` now: a copy of another version of that file is the first to go."""
         record = self._files.get(name[:KEY_BYTES])
         if record is not None and record[:8] != name[KEY_BYTES:]:
-            del self._files[name[:KEY_BYTES]]
+            self._take_out(name[:KEY_BYTES])
             self._note_superseded(name[:KEY_BYTES], record)
 
     def discard(self, name: bytes) -> None:
         """`name` is resident no more."""
         record = self._files.get(name[:KEY_BYTES])
         if record is not None and record[:8] == name[KEY_BYTES:]:
-            del self._files[name[:KEY_BYTES]]
+            self._take_out(name[:KEY_BYTES])
         self._added.pop(name, None)
         self._used.pop(name, None)
         self._unopened.pop(name, None)
@@ -217,10 +219,17 @@ class Residency:
 
     def _replace(self, name: bytes, size: int, checksum: bytes, boot: int) -> None:
         key = name[:KEY_BYTES]
-        before = self._files.pop(key, None)
+        before = self._take_out(key)
         if before is not None and before[:8] != name[KEY_BYTES:]:
             self._note_superseded(key, before)
         self._files[key] = _RECORD.pack(name[KEY_BYTES:], size, checksum.ljust(8, b"\0"), boot)
+        self.bytes += size
+
+    def _take_out(self, key: bytes) -> bytes | None:
+        record = self._files.pop(key, None)
+        if record is not None:
+            self.bytes -= int(_RECORD.unpack(record)[1])
+        return record
 
     def _resident(self, name: bytes, record: bytes) -> Resident:
         _, size, checksum, boot = _RECORD.unpack(record)

@@ -85,7 +85,8 @@ _MOUNT_OPTIONS = (
         "--policy",
         type=click.Choice(config.POLICIES),
         default="hold",
-        help="When scratch is full: keep what is there, or evict the least recently used [default: hold]",
+        help="When scratch is full: keep what is there, evict the least recently used, or whichever of the two would "
+        "hit more [default: hold]",
     ),
     option(
         "--prefetch",

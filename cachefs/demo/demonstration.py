@@ -88,6 +88,11 @@ class Demonstration:
 
     def measurements(self) -> Iterator[Measurement]:
         """The loader directly on the source, then its epochs through the mount. Raises CachefsError."""
+        measuring = self._measure()
+        self._stack.callback(measuring.close)  # an interrupted caller does not, and the loader is to end first
+        return measuring
+
+    def _measure(self) -> Generator[Measurement, None, None]:
         digests = set()
         source = self._source.path
         data = f"{source}:{self._path}" if self._is_beside else source

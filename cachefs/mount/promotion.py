@@ -26,6 +26,7 @@ from typing import Any
 
 import trio
 
+from cachefs.cache.capacity import CapacityKeeper
 from cachefs.cache.residency import Residency
 from cachefs.cache.storage import Storage
 from cachefs.cache.trees import MISSING, Entry, Trees
@@ -100,6 +101,7 @@ class Promotion:
         residency: Residency,
         storage: Storage,
         trees: Trees,
+        capacity: CapacityKeeper,
         pool: WorkerPool,
         lease: str,
         source_timeout: float,
@@ -108,6 +110,7 @@ class Promotion:
         self._mountpoint = settings.mountpoint
         self._residency = residency
         self._trees = trees
+        self._capacity = capacity
         self._pool = pool
         self._lease = lease
         self._timeout = source_timeout
@@ -132,13 +135,16 @@ class Promotion:
     def status(self) -> dict[str, Any]:
         """What is promoted now, as the kernel says."""
         self._drop_vanished()
-        paths = [path for path in self._bound if not is_below(path, self._bound)]
+        paths = self._outermost()
         return {
             "promotion": "on" if self.reason_against is None else f"off: {self.reason_against}",
             "promoted_files": sum(self._bound[path][0] for path in paths),
             "promoted_bytes": sum(self._bound[path][1] for path in paths),
             "promoted_directories": [os.fsdecode(path) or "." for path in sorted(paths)[:_REPORTED_PATHS]],
         }
+
+    def _outermost(self) -> list[bytes]:
+        return [path for path in self._bound if not is_below(path, self._bound)]
 
     async def run(self, abandoned: Sequence[str]) -> None:
         """Promote for ever; first remove the `abandoned` trees of mounts that are gone."""
@@ -187,6 +193,7 @@ class Promotion:
         for path, (files, size) in sorted(self._survey.built.items(), key=lambda item: -item[1][1]):
             if path not in self._bound:
                 await self._bind(path, files, size)
+        self._capacity.promoted_bytes = sum(self._bound[path][1] for path in self._outermost())
         if time.monotonic() > self._survey.resident_at + _FILES_SETTLE_SECONDS:
             for node, entry in self._survey.large_files():
                 await self._promote_file(node, entry)

@@ -148,7 +148,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
         stack.callback(membership.leave)
         ledger = membership.ledger
         capacity = _capacity_bytes(settings, grounds.storage, ledger)
-        residency = Residency(grounds.dataset, grounds.storage.boot, pools["index"], recency=settings.policy == "lru")
+        residency = Residency(grounds.dataset, grounds.storage.boot, pools["index"], recency=settings.policy != "hold")
         stack.push_async_callback(_write_last, residency, membership)
         # leaving the nursery ends every fetch; then the index is written, and the membership and the pools go
         nursery = await stack.enter_async_context(_cancelled_nursery())
@@ -187,6 +187,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
             residency,
             grounds.storage,
             grounds.trees,
+            keeper,
             pools["fetch"],
             membership.record.id,
             source.timeout,
@@ -202,6 +203,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
                 "mountpoint": str(settings.mountpoint),
                 "scratch": str(settings.scratch),
                 "policy": settings.policy,
+                **keeper.status(),
                 "capacity_bytes": capacity,
                 "resident_files": files,
                 "resident_bytes": stored,

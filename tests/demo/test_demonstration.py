@@ -47,6 +47,15 @@ def test_the_command(tmp_path: Path):
     assert is_clean(tmp_path)
 
 
+def test_who_stops_in_the_middle_leaves_nothing(temporary: Path):
+    """Also where the measurements are not closed, as by an interrupt: the loader ends before its data goes."""
+    with Demonstration(SMALL, seed=1) as demonstration:
+        results = demonstration.measurements()
+        assert [next(results).name for _ in range(2)] == ["direct", "epoch 1"]
+    assert is_clean(temporary)
+    assert list(results) == []
+
+
 def test_an_interrupt_leaves_nothing(tmp_path: Path):
     environment = {**clean_environment(), "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(

@@ -235,7 +235,7 @@ async def world(
         ledger.set_stored(*await index.run(("reconcile",)))
         metrics = Metrics()
         dataset = b"d" * 16
-        residency = Residency(dataset, BOOT, index, recency=policy == "lru")
+        residency = Residency(dataset, BOOT, index, recency=policy != "hold")
         try:
             async with trio.open_nursery() as nursery:
                 keeper = CapacityKeeper(

@@ -68,6 +68,50 @@ def test_lru_evicts_the_least_recently_used(source, mounted, mountpoint):
     assert counters(cache)["bypasses"] == 0
 
 
+def epoch(cache, dice, numbers):
+    """Read files in some order: the share of hits."""
+    before = opens(cache)
+    read(cache, *dice.sample(numbers, len(numbers)))
+    hits, misses, bypasses = (after - b for after, b in zip(opens(cache), before, strict=True))
+    assert hits + misses + bypasses == len(numbers)
+    return hits / len(numbers)
+
+
+def test_auto_holds_epochs_and_turns_to_other_files(source, mounted, mountpoint):
+    """It keeps half of what is read again and again; when other files are read instead, half of those."""
+    make_files(source, 400)
+    dice = random.Random(8)
+    first, second = range(200), range(200, 400)
+    cache = mounted(source, "--capacity", str(100 * SIZE), "--policy", "auto", at=mountpoint)
+    assert counters(cache)["expected_hit_rates"] is None
+    shares = [epoch(cache, dice, first) for _ in range(4)]
+    assert shares == [0.0, 0.5, 0.5, 0.5]
+    said = counters(cache)
+    assert (said["policy"], said["policy_now"], said["evictions"]) == ("auto", "hold", 0)
+    assert said["expected_hit_rates"]["hold"] == pytest.approx(0.5, abs=0.02)
+    with Watch(cache.scratch) as watch:
+        shares = [epoch(cache, dice, second) for _ in range(5)]
+    assert watch.largest <= 100 * SIZE
+    assert shares[0] == 0.0
+    assert shares[-2:] == [pytest.approx(0.5, abs=0.03)] * 2, shares
+    said = counters(cache)
+    assert said["policy_now"] == "hold"
+    assert said["evictions"] >= 90
+
+
+def test_auto_evicts_what_is_over(source, mounted, mountpoint):
+    """Files that are read several times and never again make room for the next ones."""
+    make_files(source, 300)
+    cache = mounted(source, "--capacity", str(60 * SIZE), "--policy", "auto", at=mountpoint)
+    for start in range(0, 260, 20):
+        for _ in range(3):
+            read(cache, *range(start, start + 40))
+    said = counters(cache)
+    assert said["policy_now"] == "lru"
+    assert said["hits"] / (said["hits"] + said["misses"] + said["bypasses"]) > 0.7
+    assert said["expected_hit_rates"]["lru"] > 0.7
+
+
 def test_lru_remembers_use_from_mount_to_mount(source, mounted, mountpoint):
     """Semantics 8 and 11: the order of use is in the index."""
     make_files(source, 11)
