@@ -160,9 +160,7 @@ def simulate(
 
 
 def _expected(ghosts: Ghosts) -> float:
-    if ghosts.rates is None:
-        return 0.0
-    return ghosts.rates.lru if ghosts.way == LRU else ghosts.rates.hold
+    return ghosts.rates.of(ghosts.way) if ghosts.rates is not None else 0.0
 
 
 def _simulate_optimum(trace: Trace, sizes: dict[int, int], capacity: int) -> list[bool]:

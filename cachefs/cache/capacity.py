@@ -73,11 +73,20 @@ class CapacityKeeper:
         self._ghosts.open(name, size)
 
     def status(self) -> dict[str, Any]:
-        """What the policy does now; and the hit rates (0 to 1) to expect of both ways, None before they are known."""
-        rates = self._ghosts.rates
+        """What the policy does now, and what to expect of an epoch, None while that is not known.
+
+        The hit rates (0 to 1) of both ways; and the seconds that opens and reads will wait for the source, added up, if
+        each miss and bypass costs as much as so far.
+        """
+        rates, way = self._ghosts.rates, LRU if self._evicts_used else HOLD
+        waits = self._metrics.misses + self._metrics.bypasses
+        seconds = None
+        if rates is not None and waits:
+            seconds = self._ghosts.files * (1 - rates.of(way)) * self._metrics.wait_seconds / waits
         return {
-            "policy_now": LRU if self._evicts_used else HOLD,
-            "expected_hit_rates": rates and {"hold": round(rates.hold, 3), "lru": round(rates.lru, 3)},
+            "policy_now": way,
+            "expected_hit_rates": rates and {each: round(rates.of(each), 3) for each in (HOLD, LRU)},
+            "expected_wait_seconds": None if seconds is None else round(seconds, 3),
         }
 
     @property

@@ -31,6 +31,7 @@ in the epoch in which it was chosen."""
 _NEW_SHARE, _NEW_OPENS = 0.9, 0.1
 """Where so much of what is opened was not opened before, over some so many opens for each file, all is new; where so
 much of it was, all is known."""
+_UNKNOWN_SHARE = 0.5
 _FULL_SCALE = 1 << 32
 
 
@@ -47,9 +48,9 @@ class HitRates:
         """What to expect of keeping files, be it these or others."""
         return max(self.kept, self.fixed)
 
-    @property
-    def lru(self) -> float:
-        return self.recent
+    def of(self, way: str) -> float:
+        """What to expect of HOLD or LRU."""
+        return self.recent if way == LRU else self.hold
 
 
 class _Ghost:
@@ -99,9 +100,14 @@ class Ghosts:
         return self._threshold / _FULL_SCALE
 
     @property
+    def files(self) -> int:
+        """How many different ones are in use, about: those of an epoch."""
+        return round(len(self._seen) / self.share)
+
+    @property
     def rates(self) -> HitRates | None:
-        """Of the last round, of as many opens as there are files; None before the first is over."""
-        if self._last_round is None:
+        """Of the last round, of as many opens as there are files; None while most of what is opened is new."""
+        if self._last_round is None or self._newness > _UNKNOWN_SHARE:
             return None
         fits = min(1.0, self.capacity * self.share / max(1, self._seen_bytes))
         return HitRates(*self._last_round, (1 - self._newness) * fits)

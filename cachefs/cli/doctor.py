@@ -80,7 +80,7 @@ def _say_forecast(diagnosis: Diagnosis) -> None:
     say(f"  first epoch     {least}{format_seconds(forecast.first)} through cachefs")
     faster = f"{forecast.speed_up:.1f} times as fast as read directly"
     say(f"  later epochs    {least}{format_seconds(forecast.later)}, {faster}")
-    say(f"  hit rate        {'at most ' if least else ''}{forecast.hit_rate:.0%} in later epochs, policy hold")
+    say(f"  hit rate        {'at most ' if least else ''}{forecast.hit_rate:.0%} in later epochs, policy hold or auto")
     say(f"  It follows from {describe_extent(extent)}, the speeds above, and from cachefs's benchmarks: to copy a")
     say(f"  file takes the daemon {FETCH_SECONDS * 1e6:.0f} us, to read one from scratch {HIT_SECONDS * 1e6:.0f} us.")
     say("  Files that the page cache still holds are read faster.")

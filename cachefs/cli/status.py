@@ -26,10 +26,19 @@ def _listed(paths: list[str]) -> str:
     return ", ".join(paths[:_LISTED]) + more or "nothing"
 
 
+def _expected_hits(rates: dict[str, float] | None) -> str:
+    return ", ".join(f"{way} {rate:.0%}" for way, rate in rates.items()) if rates else "not known yet"
+
+
+def _expected_wait(seconds: float | None) -> str:
+    return "not known yet" if seconds is None else f"{seconds:,.1f} s"
+
+
 _ROWS = (
     ("source", "source", str),
     ("scratch", "scratch", str),
     ("policy", "policy", str),
+    ("policy now", "policy_now", str),
     ("capacity", "capacity_bytes", format_size),
     ("resident files", "resident_files", "{:,}".format),
     ("resident bytes", "resident_bytes", format_size),
@@ -49,6 +58,8 @@ _ROWS = (
     ("served", "bytes_served", format_size),
     ("saved", "hit_bytes", format_size),
     ("waited", "wait_seconds", "{:,.1f} s".format),
+    ("expected hits", "expected_hit_rates", _expected_hits),
+    ("expected wait, an epoch", "expected_wait_seconds", _expected_wait),
     ("up for", "uptime_seconds", "{:,.0f} s".format),
     ("log", "log", str),
 )

@@ -89,6 +89,7 @@ def test_auto_holds_epochs_and_turns_to_other_files(source, mounted, mountpoint)
     said = counters(cache)
     assert (said["policy"], said["policy_now"], said["evictions"]) == ("auto", "hold", 0)
     assert said["expected_hit_rates"]["hold"] == pytest.approx(0.5, abs=0.02)
+    assert said["expected_wait_seconds"] > 0
     with Watch(cache.scratch) as watch:
         shares = [epoch(cache, dice, second) for _ in range(5)]
     assert watch.largest <= 100 * SIZE

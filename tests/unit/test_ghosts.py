@@ -52,14 +52,14 @@ def test_it_holds_shuffled_epochs_and_knows_what_that_brings(share: float):
     assert ghosts.way == HOLD
     assert ghosts.rates is not None
     assert ghosts.rates.hold == pytest.approx(share, abs=0.03)
-    assert ghosts.rates.lru < share - 0.1
+    assert ghosts.rates.recent < share - 0.1
 
 
 def test_everything_fits():
     ghosts = Ghosts(200 * FILES)
     epochs(ghosts, range(FILES), 4, random.Random(2))
     assert ghosts.rates is not None
-    assert ghosts.rates.hold == ghosts.rates.lru == 1.0
+    assert ghosts.rates.hold == ghosts.rates.recent == 1.0
 
 
 def test_other_files_replace_what_is_held():
@@ -88,7 +88,7 @@ def test_nothing_fits(capacity: int):
     ghosts = Ghosts(capacity)
     epochs(ghosts, range(FILES), 3, random.Random(5))
     assert ghosts.rates is not None
-    assert max(ghosts.rates.hold, ghosts.rates.lru) < 0.001
+    assert max(ghosts.rates.hold, ghosts.rates.recent) < 0.001
 
 
 def test_the_sample_is_bounded():
