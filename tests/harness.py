@@ -76,6 +76,7 @@ class MountedCache:
         self.path = mountpoint or source
         self.scratch = scratch
         self.expected_log: list[str] = []
+        self.demanded_log: list[str] = []
         self.is_purging = False
         places = [source] if mountpoint is None else [source, mountpoint]
         environment = {"CACHEFS_NO_PROMOTE": "1", "CACHEFS_PREFETCH": "off", **environment}
@@ -99,6 +100,11 @@ class MountedCache:
         """Warnings that match are part of the test."""
         self.expected_log.append(pattern)
 
+    def must_log(self, pattern: str) -> None:
+        """A warning that matches has to be there at the end."""
+        self.expect_log(pattern)
+        self.demanded_log.append(pattern)
+
     def is_mounted(self) -> bool:
         mount = find_mount(self.path)
         return mount is not None and mount.lease is not None and mount.lease[0] == self.scratch
@@ -118,6 +124,8 @@ class MountedCache:
             and not any(re.search(pattern, line) for pattern in self.expected_log)
         ]
         assert not unexpected, f"unexpected log lines: {unexpected}"
+        silent = [pattern for pattern in self.demanded_log if not re.search(pattern, log)]
+        assert not silent, f"not in the log: {silent}"
         return done
 
     def kill(self) -> None:

@@ -1,7 +1,8 @@
-"""Hit rates of the policies on traces, in steps of an epoch: hold, lru, auto, one victim at random, and the optimum.
+"""Hit rates of the policies on traces, in steps of an epoch: hold, lru, auto, a victim at random, and with the future.
 
 The caches are models: names and sizes, no mount. `auto` is the code of the mounts (`cachefs/cache/ghosts.py`). A hit
-counts an open. The optimum (Belady) knows the future, and like all others counts a file that does not fit as a miss.
+counts an open. `future` knows what comes, and keeps what is opened again soonest (Belady): the optimum, were all files
+of one size. A forecast before there is one counts as 0.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks.results import Goal, Result
 from benchmarks.stage import Stage
-from cachefs.cache.ghosts import LRU, Ghosts
+from cachefs.cache.ghosts import AUTO, LRU, Ghosts
 
 FILES, QUICK_FILES = 20_000, 1_000
 FILE_SIZES = (20_000, 110_000, 110_000, 300_000)
@@ -24,11 +25,11 @@ SHARES = (0.5, 0.2, 0.8)
 EPOCHS = 8
 SETTLING_EPOCHS = 2
 """At the beginning, and after a change, before the goal counts."""
-POLICIES = ("hold", "lru", "auto", "random", "optimum")
+POLICIES = ("hold", "lru", "auto", "random", "future")
 GOAL = Goal("at least", -0.02)
-FORECAST_GOAL = Goal("at most", 0.02)
 BETTER = "worst of all traces and capacities: hit rate less that of the better of hold and lru"
-FORECAST = "worst of all traces and capacities: forecast less outcome of an epoch, on average, either way"
+FORECAST = "forecast less outcome of an epoch, either way: mean of all traces and capacities"
+WORST_FORECAST = "forecast less outcome of an epoch, either way: mean of the worst trace and capacity"
 
 Trace = list[int]
 
@@ -45,10 +46,9 @@ def run(stage: Stage) -> list[Result]:
                 rates, forecast_off = _measure(stage, name, trace, changes, sizes, share, files)
                 less[name, share] = rates["auto"] - max(rates["hold"], rates["lru"])
                 off.append(forecast_off)
-        for case, value in ((BETTER, min(less.values())), (FORECAST, max(off))):
+        for case, value in ((BETTER, min(less.values())), (FORECAST, sum(off) / len(off)), (WORST_FORECAST, max(off))):
             stage.records.add(case, "auto", "difference", "of opens", value, {"files": float(files)})
-    for case, goal in ((BETTER, GOAL), (FORECAST, FORECAST_GOAL)):
-        stage.records.aim(stage.records.find(case, "auto", "difference"), case, goal)
+    stage.records.aim(stage.records.find(BETTER, "auto", "difference"), BETTER, GOAL)
     return stage.records.results()
 
 
@@ -126,9 +126,9 @@ def simulate(
     policy: str, trace: Trace, sizes: dict[int, int], capacity: int, forecasts: list[float], files: int
 ) -> list[bool]:
     """Of each open whether it hits. `auto` adds to `forecasts` what it expects at the beginning of each epoch."""
-    if policy == "optimum":
-        return _simulate_optimum(trace, sizes, capacity)
-    ghosts = Ghosts(capacity) if policy == "auto" else None
+    if policy == "future":
+        return _simulate_future(trace, sizes, capacity)
+    ghosts = Ghosts(AUTO, capacity) if policy == "auto" else None
     names = {file: hashlib.blake2b(b"%d" % file, digest_size=24).digest() for file in sizes}
     held: OrderedDict[int, int] = OrderedDict()
     order: list[int] = []
@@ -138,8 +138,8 @@ def simulate(
     for number, file in enumerate(trace):
         if ghosts is not None:
             if number % files == 0:
-                forecasts.append(_expected(ghosts))
-            ghosts.open(names[file], sizes[file])
+                forecasts.append(ghosts.expected(ghosts.way) or 0.0)
+            ghosts.open(names[file], sizes[file], is_hit=file in held)
         hits.append(file in held)
         if hits[-1]:
             held.move_to_end(file)
@@ -159,11 +159,7 @@ def simulate(
     return hits
 
 
-def _expected(ghosts: Ghosts) -> float:
-    return ghosts.rates.of(ghosts.way) if ghosts.rates is not None else 0.0
-
-
-def _simulate_optimum(trace: Trace, sizes: dict[int, int], capacity: int) -> list[bool]:
+def _simulate_future(trace: Trace, sizes: dict[int, int], capacity: int) -> list[bool]:
     """Keep what is opened again soonest."""
     never = len(trace)
     again, last = [never] * len(trace), {}
@@ -177,16 +173,23 @@ def _simulate_optimum(trace: Trace, sizes: dict[int, int], capacity: int) -> lis
     for number, file in enumerate(trace):
         hits.append(file in held)
         if not hits[-1]:
-            while taken + sizes[file] > capacity:
-                while held.get(latest[0][1]) != -latest[0][0]:
-                    heapq.heappop(latest)
-                if -latest[0][0] <= again[number]:
+            victims = []
+            while taken + sizes[file] > capacity and latest:
+                at, victim = heapq.heappop(latest)
+                if held.get(victim) != -at:
+                    continue  # opened again since
+                if -at <= again[number]:
+                    heapq.heappush(latest, (at, victim))
                     break
-                victim = heapq.heappop(latest)[1]
+                victims.append((at, victim))
                 taken -= sizes[victim]
-                del held[victim]
-            if taken + sizes[file] > capacity:
+            if taken + sizes[file] > capacity:  # it would go first: they stay
+                for at, victim in victims:
+                    heapq.heappush(latest, (at, victim))
+                    taken += sizes[victim]
                 continue
+            for _, victim in victims:
+                del held[victim]
             taken += sizes[file]
         held[file] = again[number]
         heapq.heappush(latest, (-again[number], file))

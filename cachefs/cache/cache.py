@@ -60,7 +60,6 @@ class Cache:
         """
         version = version_of(attributes)
         name = self._residency.name_of(path, version)
-        self._capacity.note_open(name, size_of(version))
         is_changed = False
         try:
             fd = self._open_resident(name, path, version)
@@ -101,8 +100,8 @@ class Cache:
 
     def count_open(self, file: OpenFile) -> None:
         """Count one more open of a file that is open already."""
-        self._capacity.note_open(file.name, file.size)
         kind = file.kind
+        self._capacity.note_open(file.name, file.size, is_hit=kind == "hit")
         if kind == "hit":
             self._metrics.hits += 1
             self._metrics.hit_bytes += file.size
@@ -148,14 +147,13 @@ class Cache:
 
     def _changed(self, name: bytes, version: bytes) -> Resident:
         """A copy of this boot that has changed, to be checked as one of an earlier boot is."""
-        known = self._residency.get(name)
-        if known is None:
-            return Resident(name, size_of(version), b"", self._storage.boot)
+        known = self._residency.get(name) or Resident(name, size_of(version), b"", "")
         return known._replace(boot=self._storage.boot)
 
     def _file(
         self, name: bytes, path: bytes, version: bytes, fd: int | None = None, fetch: Fetch | None = None
     ) -> OpenFile:
+        self._capacity.note_open(name, size_of(version), is_hit=fd is not None)
         return OpenFile(
             name,
             path,

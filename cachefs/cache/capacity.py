@@ -54,8 +54,7 @@ class CapacityKeeper:
     ) -> None:
         self.size = size
         self._ledger = ledger
-        self._policy = policy
-        self._ghosts = Ghosts(size)
+        self._ghosts = Ghosts(policy, size)
         self._storage = storage
         self._residency = residency
         self._copies = copies
@@ -68,9 +67,9 @@ class CapacityKeeper:
         self._nothing_unused_until = -math.inf
         self._suspended_until = -math.inf
 
-    def note_open(self, name: bytes, size: int) -> None:
+    def note_open(self, name: bytes, size: int, *, is_hit: bool) -> None:
         """A file was opened, wherever its bytes come from."""
-        self._ghosts.open(name, size)
+        self._ghosts.open(name, size, is_hit=is_hit)
 
     def status(self) -> dict[str, Any]:
         """What the policy does now, and what to expect of an epoch, None while that is not known.
@@ -78,26 +77,22 @@ class CapacityKeeper:
         The hit rates (0 to 1) of both ways; and the seconds that opens and reads will wait for the source, added up, if
         each miss and bypass costs as much as so far.
         """
-        rates, way = self._ghosts.rates, LRU if self._evicts_used else HOLD
+        self._aim_ghosts()
+        ghosts = self._ghosts
+        rates = {way: round(rate, 3) for way in (HOLD, LRU) if (rate := ghosts.expected(way)) is not None}
         waits = self._metrics.misses + self._metrics.bypasses
         seconds = None
-        if rates is not None and waits:
-            seconds = self._ghosts.files * (1 - rates.of(way)) * self._metrics.wait_seconds / waits
-        return {
-            "policy_now": way,
-            "expected_hit_rates": rates and {each: round(rates.of(each), 3) for each in (HOLD, LRU)},
-            "expected_wait_seconds": None if seconds is None else round(seconds, 3),
-        }
-
-    @property
-    def _evicts_used(self) -> bool:
-        """Whether what this dataset has used gives way to what it wants now."""
-        return (self._ghosts.way if self._policy == "auto" else self._policy) == LRU
+        if rates and waits:
+            seconds = round(ghosts.files * (1 - rates[ghosts.way]) * self._metrics.wait_seconds / waits, 3)
+        return {"policy_now": ghosts.way, "expected_hit_rates": rates or None, "expected_wait_seconds": seconds}
 
     def _aim_ghosts(self) -> None:
-        """Others' files and promoted ones leave the less to choose from."""
-        others = max(0, self._ledger.stored()[0] - self._residency.bytes)
-        self._ghosts.capacity = max(0, self.size - others - self.promoted_bytes)
+        """Others' files, promoted ones, and what else fills the file system leave the less to choose from."""
+        stored, _ = self._ledger.stored()
+        available, total = self._storage.space()
+        most = min(self.size, stored + max(0, available - RESERVED_SHARE * total))
+        others = max(0, stored - self._residency.bytes)
+        self._ghosts.capacity = max(0, int(most) - others - self.promoted_bytes)
 
     async def reserve(self, size: int, *, ahead: bool = False) -> bool:
         """Reserve `size` bytes, evicting if that helps. False if there is no room: serve from the source.
@@ -165,7 +160,7 @@ class CapacityKeeper:
             return False
         if (await self._remove(self._residency.take_unopened(size)))[0]:
             return True
-        if self._evicts_used:
+        if self._ghosts.way == LRU:
             return await self._evict_oldest(size)
         return False
 
@@ -230,7 +225,9 @@ class CapacityKeeper:
             self._residency.discard(file[0])
             if answer != GONE:
                 freed += answer
-                self._ledger.remove(file[2])  # what was counted, whatever became of it since
+                self._ledger.remove(min(answer, file[2]))  # a size of the index may be wrong, and a file cut short
+                if answer != file[2]:
+                    self._ledger.doubt()
                 self._metrics.evictions += 1
         log.debug("evicted files=%d bytes=%d in_use=%d", len(files) - len(kept), freed, len(kept))
         return freed, kept

@@ -244,7 +244,7 @@ class Fetches:
             self._residency.discard(fetch.name)
             if dropped:  # else another mount has evicted it
                 log.warning("damaged copy dropped path=%r copy=%s", fetch.path, fetch.name.hex())
-                self._capacity.lose(earlier.size)
+                self._capacity.lose(min(fetch.size, earlier.size))
             return False
         self._residency.add(fetch.name, fetch.path, fetch.version, checksum)
         return True

@@ -57,6 +57,14 @@ class Recorded(NamedTuple):
 _OF_ANOTHER_VERSION = "its tables are of another version of cachefs"
 _COLUMNS = {"name", "dataset", "size", "checksum", "boot", "path", "last_used"}
 
+_IS_SOUND = (
+    "typeof(name) = 'blob' AND length(name) = 24 AND typeof(size) = 'integer' AND size BETWEEN 0 AND 1 << 60"
+    " AND typeof(ifnull(checksum, x'')) = 'blob' AND length(ifnull(checksum, x'')) IN (0, 8)"
+    " AND typeof(boot) = 'text' AND length(boot) = 32 AND boot NOT GLOB '*[^0-9a-f]*'"
+    " AND typeof(ifnull(path, x'')) = 'blob' AND typeof(files.last_used) = 'integer'"
+)
+"""Of a row of files: SQLite holds values of any type in any column, and what a damaged page holds is anything."""
+
 FileRow = tuple[bytes, int, bytes, str, bytes, int]
 """What is recorded of a file: (name, size in bytes, checksum, boot, path, last use in ns since the epoch)."""
 
@@ -100,9 +108,12 @@ def read_index(path: Path) -> dict[bytes, Recorded]:
             raise sqlite3.DatabaseError(found)
         if _columns(connection, "files") != _COLUMNS:
             raise sqlite3.DatabaseError(_OF_ANOTHER_VERSION)
+        (unsound,) = connection.execute(f"SELECT count(*) FROM files WHERE NOT ({_IS_SOUND})").fetchone()
+        if unsound:
+            raise sqlite3.DatabaseError(f"{unsound} rows cannot be what was written")
         rows = connection.execute(
-            "SELECT name, size, ifnull(checksum, x''), boot, ifnull(path, x''), ifnull(source, x'')"
-            " FROM files LEFT JOIN datasets ON dataset = id"
+            "SELECT name, size, ifnull(checksum, x''), boot, ifnull(path, x''),"
+            " iif(typeof(source) = 'blob', source, x'') FROM files LEFT JOIN datasets ON dataset = id"
         )
         return {
             name: Recorded(size, checksum, boot, os.path.join(source, path) if source else path)
@@ -160,7 +171,8 @@ class Index:
     def files_of(self, dataset: bytes) -> Iterator[list[tuple[bytes, int, bytes, str]]]:
         """(name, size, checksum, boot) of a dataset's files, least recently used first, in batches."""
         rows = self._connection.execute(
-            "SELECT name, size, ifnull(checksum, x''), boot FROM files WHERE dataset = ? ORDER BY last_used",
+            f"SELECT name, size, ifnull(checksum, x''), boot FROM files WHERE dataset = ? AND {_IS_SOUND}"
+            " ORDER BY last_used",
             (dataset,),
         )
         while batch := rows.fetchmany(_ROWS_A_MESSAGE):
@@ -172,7 +184,7 @@ class Index:
             self._connection.executemany(
                 "INSERT INTO files (name, size, checksum, boot, path, last_used, dataset) VALUES (?, ?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT (name) DO UPDATE SET dataset = excluded.dataset, boot = excluded.boot,"
-                " path = excluded.path, last_used = excluded.last_used,"
+                " size = excluded.size, path = excluded.path, last_used = excluded.last_used,"
                 " checksum = ifnull(nullif(excluded.checksum, x''), checksum)",
                 [(*row, dataset) for row in added],
             )
@@ -190,7 +202,7 @@ class Index:
         marks = ",".join("?" * len(live))
         return self._connection.execute(
             f"SELECT name, boot, size, last_used FROM files WHERE (dataset IS NULL OR dataset NOT IN ({marks}))"
-            " AND last_used > ? ORDER BY last_used LIMIT ?",
+            f" AND {_IS_SOUND} AND last_used > ? ORDER BY last_used LIMIT ?",
             (*live, after, limit),
         ).fetchall()
 
@@ -202,7 +214,8 @@ class Index:
         """
         storage.discard_abandoned()
         known = {
-            (name, boot): size for name, boot, size in self._connection.execute("SELECT name, boot, size FROM files")
+            (name, boot): size
+            for name, boot, size in self._connection.execute(f"SELECT name, boot, size FROM files WHERE {_IS_SOUND}")
         }
         found: list[tuple[bytes, int, str, int]] = []
         total = files = 0
@@ -217,6 +230,7 @@ class Index:
                 if recorded is not None:
                     known[name, boot] = size
         with self._transaction():
+            self._connection.execute(f"DELETE FROM files WHERE NOT ({_IS_SOUND})")
             self._connection.executemany("DELETE FROM files WHERE name = ? AND boot = ?", list(known))
             self._connection.executemany(
                 "INSERT INTO files (name, size, boot, last_used) VALUES (?, ?, ?, ?)"

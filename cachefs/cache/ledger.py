@@ -1,4 +1,4 @@
-"""How much of scratch is taken: one small file that all mounts of a scratch map and change under a lock.
+"""How much of scratch is taken: one small file that all mounts of a scratch read and change under a lock.
 
 Invariants:
 - stored + reserved bytes never exceed the capacity of the mount that reserves; space is reserved before the first
@@ -7,17 +7,18 @@ Invariants:
   as stored until the next mount without company counts afresh.
 - The lock is held for some microseconds, and the kernel releases it when its holder dies. SQLite is not involved,
   so a locked index does not hold up a reader.
+- A ledger that cannot be read, or is not what was written, counts as full until a mount without company counts afresh.
+  It is not mapped: what a failing disk cannot bring, or somebody has cut off, would end the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
-import mmap
 import os
 import struct
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 
 from cachefs.errors import CachefsError
 
@@ -28,6 +29,9 @@ _SLOT = struct.Struct("<16sq")  # lease id, reserved bytes
 _SLOTS = 64
 _RESERVED = struct.Struct("<" + "16xq" * _SLOTS)  # of all slots
 _BYTES = _SLOTS_AT + _SLOTS * _SLOT.size
+_FULL = 1 << 62
+_EMPTY = _MAGIC.ljust(_BYTES, b"\0")
+_UNREADABLE = _HEADER.pack(_MAGIC, _FULL, 0, b"", 0, 1).ljust(_BYTES, b"\0")
 
 
 class LedgerFullError(CachefsError):
@@ -42,14 +46,6 @@ class Ledger:
         self._lease = lease.encode()
         self._boot = boot.encode()
         self._slot = -1
-        with self._locked():
-            if os.fstat(self._fd).st_size != _BYTES:
-                os.ftruncate(self._fd, 0)
-                os.ftruncate(self._fd, _BYTES)
-            self._map = mmap.mmap(self._fd, _BYTES)
-            if self._map[: len(_MAGIC)] != _MAGIC:
-                self._map[:] = bytes(_BYTES)
-                self._write_header(0, 0)
 
     def join(self, live: Collection[str]) -> bool:
         """Take a slot. `live` are the ids of the other live mounts. True if the stored count may be trusted.
@@ -58,7 +54,12 @@ class Ledger:
         """
         known = {lease.encode() for lease in live}
         with self._locked():
-            _, stored, files, boot, clean, too_high = _HEADER.unpack_from(self._map)
+            content = self._content()
+            if content is _UNREADABLE:  # or new: alone it is counted afresh, with company it stays full
+                content = _UNREADABLE if known else _EMPTY
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, content, 0)
+            _, stored, files, boot, clean, too_high = _HEADER.unpack_from(content)
             trusted = bool(known) or (bool(clean) and boot.rstrip(b"\0") == self._boot)
             for number, (lease, reserved) in enumerate(self._slots()):
                 if lease and lease not in known:
@@ -77,26 +78,28 @@ class Ledger:
     def leave(self, *, clean: bool) -> None:
         """Give the slot back. `clean` says that no other mount is left and that this one has counted right."""
         with self._locked():
-            self._write_slot(self._slot, b"", 0)
-            _, stored, files, _, _, too_high = _HEADER.unpack_from(self._map)
-            clean = clean and not too_high and not any(lease for lease, _ in self._slots())
-            self._write_header(stored, files, boot=self._boot if clean else b"", clean=clean, too_high=too_high)
+            if (content := self._content()) is not _UNREADABLE:
+                self._write_slot(self._slot, b"", 0)
+                _, stored, files, _, _, too_high = _HEADER.unpack_from(content)
+                clean = clean and not too_high and not any(lease for lease, _ in self._slots())
+                self._write_header(stored, files, boot=self._boot if clean else b"", clean=clean, too_high=too_high)
         self.close()
 
     def close(self) -> None:
-        self._map.close()
         os.close(self._fd)
+        self._fd = -1
 
     @property
     def is_doubted(self) -> bool:
         """Whether the count may be too high, so that the next mount without company counts afresh."""
-        return bool(_HEADER.unpack_from(self._map)[-1])
+        return bool(_HEADER.unpack_from(self._content())[-1])
 
     def doubt(self) -> None:
         """The count may be wrong: have the next mount without company count afresh."""
         with self._locked():
-            stored, files = self.stored()
-            self._write_header(stored, files, too_high=1)
+            if (content := self._content()) is not _UNREADABLE:
+                _, stored, files, *_ = _HEADER.unpack_from(content)
+                self._write_header(stored, files, too_high=1)
 
     def set_stored(self, size: int, files: int) -> None:
         """The count, freshly made while no other mount is there."""
@@ -106,24 +109,25 @@ class Ledger:
     def reset(self, size: int, files: int) -> None:
         """The count, freshly made while no mount is there at all: nothing is reserved."""
         with self._locked():
-            for number, _ in enumerate(self._slots()):
-                self._write_slot(number, b"", 0)
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, _EMPTY, 0)
             self._write_header(size, files)
 
     def stored(self) -> tuple[int, int]:
         """(bytes, files) that are complete in scratch."""
-        _, size, files, *_ = _HEADER.unpack_from(self._map)
+        _, size, files, *_ = _HEADER.unpack_from(self._content())
         return size, files
 
     def reserved(self) -> int:
         """Bytes reserved by all mounts."""
-        return sum(_RESERVED.unpack_from(self._map, _SLOTS_AT))
+        return sum(_RESERVED.unpack_from(self._content(), _SLOTS_AT))
 
     def reserve(self, size: int, capacity: int, room: float = math.inf) -> bool:
         """Reserve `size` bytes if everything together stays within `capacity`, and what is reserved within `room`."""
         with self._locked():
-            stored, _ = self.stored()
-            reserved = self.reserved() + size
+            content = self._content()
+            stored = _HEADER.unpack_from(content)[1]
+            reserved = sum(_RESERVED.unpack_from(content, _SLOTS_AT)) + size
             if stored + reserved > capacity or reserved > room:
                 return False
             self._add_reserved(size)
@@ -146,27 +150,43 @@ class Ledger:
             self._add_stored(-size, -files)
 
     def _slots(self) -> Iterator[tuple[bytes, int]]:
-        for lease, reserved in _SLOT.iter_unpack(self._map[_SLOTS_AT:]):
+        for lease, reserved in _SLOT.iter_unpack(self._content()[_SLOTS_AT:]):
             yield lease.rstrip(b"\0"), reserved
 
     def _write_header(
         self, stored: int, files: int, *, boot: bytes = b"", clean: bool = False, too_high: int = 0
     ) -> None:
-        _HEADER.pack_into(self._map, 0, _MAGIC, stored, files, boot, clean, too_high)
+        self._write(_HEADER.pack(_MAGIC, stored, files, boot, clean, too_high), 0)
 
     def _write_slot(self, number: int, lease: bytes, reserved: int) -> None:
-        _SLOT.pack_into(self._map, _SLOTS_AT + number * _SLOT.size, lease, reserved)
+        self._write(_SLOT.pack(lease, reserved), _SLOTS_AT + number * _SLOT.size)
 
     def _add_reserved(self, size: int) -> None:
         at = _SLOTS_AT + self._slot * _SLOT.size
-        lease, reserved = _SLOT.unpack_from(self._map, at)
-        _SLOT.pack_into(self._map, at, lease, reserved + size)
+        content = self._content()
+        if content is not _UNREADABLE:
+            lease, reserved = _SLOT.unpack_from(content, at)
+            self._write(_SLOT.pack(lease, reserved + size), at)
 
     def _add_stored(self, size: int, files: int) -> None:
-        stored, count = self.stored()
-        struct.pack_into("<qq", self._map, len(_MAGIC), stored + size, count + files)
+        content = self._content()
+        if content is not _UNREADABLE:
+            _, stored, count, *_ = _HEADER.unpack_from(content)
+            self._write(struct.pack("<qq", max(0, stored + size), max(0, count + files)), len(_MAGIC))
 
-    @contextmanager
+    def _content(self) -> bytes:
+        """All of it; _UNREADABLE for what is not what was written."""
+        try:
+            content = os.pread(self._fd, _BYTES, 0)
+        except OSError:
+            return _UNREADABLE
+        return content if len(content) == _BYTES and content.startswith(_MAGIC) else _UNREADABLE
+
+    def _write(self, data: bytes, at: int) -> None:
+        with contextlib.suppress(OSError):  # a disk that does not take it cannot be believed later either
+            os.pwrite(self._fd, data, at)
+
+    @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:

@@ -32,7 +32,9 @@ from cachefs.errors import CachefsError, describe
 MARK = "cachefs-scratch"
 FORMAT = 1
 DIRECTORIES = ("files", "staging", "trees", "leases", "sockets", "logs")
-FILES = ("index.db", "index.db-journal", "index.db-wal", "index.db-shm", "ledger", MARK)
+INDEX_FILES = ("index.db", "index.db-journal", "index.db-wal", "index.db-shm")
+"""A link in their place is taken away by whoever opens the index."""
+FILES = (*INDEX_FILES, "ledger", MARK)
 _CHOOSE = "choose another with --scratch"
 
 
@@ -71,8 +73,9 @@ def undisturbed() -> Iterator[set[int | signal.Signals]]:
 
     A process that they end in between could leave a directory that we made and that has no mark, which would stay.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:  # blocking them may still call a handler of Python's, which raises
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         yield before
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -82,9 +85,10 @@ def _claim(path: Path, waiting_mask: set[int | signal.Signals]) -> Scratch:
     made, fd = _make_and_lock(path, waiting_mask)
     try:
         names = os.listdir(fd)
-        if MARK in names:
+        is_new = MARK not in names or _is_unwritten(fd)
+        if not is_new:
             made = _read_mark(fd, path)
-        elif names:
+        elif set(names) - {MARK}:
             raise CachefsError(
                 f"scratch {path} holds files that are not of cachefs",
                 f"choose an empty or a new directory, such as --scratch {path / 'cachefs'}",
@@ -95,15 +99,14 @@ def _claim(path: Path, waiting_mask: set[int | signal.Signals]) -> Scratch:
         for name in DIRECTORIES:
             if name not in names:
                 os.mkdir(name, 0o700, dir_fd=fd)
-            elif not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
-                raise CachefsError(f"{name} in scratch {path} is not a directory", _CHOOSE)
+        _refuse_foreign(fd, path)
     except OSError as error:
         os.close(fd)
         raise CachefsError(f"scratch {path} is not usable: {describe(error)}", _CHOOSE) from None
     except BaseException:
         os.close(fd)
         raise
-    return Scratch(path, fd, made, is_new=MARK not in names)
+    return Scratch(path, fd, made, is_new=is_new)
 
 
 def _refuse_unsafe_parents(path: Path) -> None:
@@ -145,9 +148,13 @@ def _make_and_lock(path: Path, waiting_mask: set[int | signal.Signals]) -> tuple
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            mask = signal.pthread_sigmask(signal.SIG_SETMASK, waiting_mask)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            try:
+                mask = signal.pthread_sigmask(signal.SIG_SETMASK, waiting_mask)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            except BaseException:
+                os.close(fd)
+                raise
         if is_still_at(fd, path):
             return made, fd
         os.close(fd)  # the last mount's purge removed it while we waited: make it anew
@@ -231,12 +238,38 @@ def scratch_lock(fd: int) -> Iterator[None]:
         fcntl.flock(fd, fcntl.LOCK_UN)
 
 
+def _refuse_foreign(fd: int, path: Path) -> None:
+    """Who could write here once may have left what he still can write, or what leads elsewhere. Raises CachefsError."""
+    for name in (*DIRECTORIES, *FILES):
+        try:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        problem = None
+        if name in DIRECTORIES and not stat.S_ISDIR(status.st_mode):
+            problem = "is not a directory"
+        elif name in FILES and name not in INDEX_FILES and not stat.S_ISREG(status.st_mode):
+            problem = "is not a file"
+        elif status.st_uid != os.geteuid():
+            problem = f"is owned by uid {status.st_uid}, not {os.geteuid()}"
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):
+            problem = f"is writable by others (mode {stat.S_IMODE(status.st_mode):04o})"
+        elif stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+            problem = "has another name elsewhere"
+        if problem:
+            raise CachefsError(f"{name} in scratch {path} {problem}", _CHOOSE)
+
+
+def _is_unwritten(fd: int) -> bool:
+    """Whether whoever made the mark was killed at that moment."""
+    status = os.stat(MARK, dir_fd=fd, follow_symlinks=False)
+    return stat.S_ISREG(status.st_mode) and not status.st_size
+
+
 def _write_mark(fd: int, made: bool) -> None:
-    mark = os.open(MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=fd)
-    try:
-        os.write(mark, json.dumps({"format": FORMAT, "directory_made_by_cachefs": made}).encode())
-    finally:
-        os.close(mark)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(MARK, flags, 0o600, dir_fd=fd), "wb") as file:
+        file.write(json.dumps({"format": FORMAT, "directory_made_by_cachefs": made}).encode())
 
 
 def _read_mark(fd: int, path: Path) -> bool:
@@ -249,8 +282,7 @@ def _read_mark(fd: int, path: Path) -> bool:
             "name the one that was used with --scratch",
         ) from None
     with open(mark) as file:
-        status = os.fstat(mark)
-        if stat.S_ISREG(status.st_mode) and not status.st_size:  # whoever made it was killed at that moment
+        if _is_unwritten(fd) and os.listdir(fd) == [MARK]:
             return False
         try:
             content = json.load(file)

@@ -139,6 +139,15 @@ class Storage:
             raise _storage_error(error, name) from error
         return True
 
+    def is_shown(self, name: bytes, boot: str) -> bool:
+        """Whether a complete file is in a tree too."""
+        try:
+            with self._folder(name, boot) as folder:
+                status = os.stat(_text(name), dir_fd=folder, follow_symlinks=False)
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+
     def stage(self, name: bytes) -> int | None:
         """A descriptor of an empty staged file, locked; None while somebody else copies it."""
         text = _text(name)
@@ -149,7 +158,10 @@ class Storage:
                 raise _storage_error(error, name) from error
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.stat(text, dir_fd=self._staging, follow_symlinks=False)):
+                status = os.fstat(fd)
+                if status.st_nlink > 1:  # not ours: it would be written to under its other name as well
+                    os.unlink(text, dir_fd=self._staging)
+                elif os.path.samestat(status, os.stat(text, dir_fd=self._staging, follow_symlinks=False)):
                     os.ftruncate(fd, 0)
                     return fd
             except BlockingIOError:

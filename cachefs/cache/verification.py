@@ -32,12 +32,12 @@ STRANGE = "it is not a regular file"
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is wrong with a file in scratch. `size` is what it counts as, in bytes; `path` is that of the
-    source, or where in scratch it lies."""
+    """Something that is wrong with a file in scratch. `size` is what it counts as at least, in bytes, None if it was
+    never counted; `path` is that of the source, or where in scratch it lies."""
 
     name: bytes
     boot: str
-    size: int
+    size: int | None
     path: bytes
     what: str
 
@@ -85,7 +85,7 @@ class Verification:
     def missing(self) -> list[Fault]:
         """What is recorded and not there."""
         return [
-            self._fault(name, record.boot, 0, MISSING)
+            self._fault(name, record.boot, None, MISSING)
             for name, record in self._recorded.items()
             if name not in self._faulty and not (self._storage.has(name, record.boot) or self._storage.has(name))
         ]
@@ -100,7 +100,7 @@ class Verification:
                 record = None  # left over: another copy has taken its place
             what = STRANGE if size is None else self._check(name, boot, size, record)
             if what is not None:
-                faults.append(self._fault(name, boot, size or 0, what))
+                faults.append(self._fault(name, boot, size, what))
             if size is None:
                 continue
             checked.files += 1
@@ -130,12 +130,12 @@ class Verification:
         finally:
             os.close(fd)
 
-    def _fault(self, name: bytes, boot: str, size: int, what: str) -> Fault:
+    def _fault(self, name: bytes, boot: str, size: int | None, what: str) -> Fault:
         self._faulty.add(name)
         record = self._recorded.get(name)
         if record is None:
             return Fault(name, boot, size, f"files/{boot}/{name.hex()[:2]}/{name.hex()}".encode(), what)
-        return Fault(name, boot, record.size, record.path, what)
+        return Fault(name, boot, min(record.size, size or 0), record.path, what)
 
 
 def _batches(files: Iterable[Found]) -> Iterator[list[Found]]:

@@ -132,3 +132,4 @@ class Demonstration:
                     raise CachefsError(f"the loader failed: {process.stderr.read().strip()}")
             finally:
                 process.terminate()
+                process.wait()  # leaving the block does not, after an interrupt, and its data must not go before it

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from typing import TextIO
 
 from cachefs.cache.scratch import Scratch, claim_scratch, unlock_scratch
 from cachefs.config import Settings
@@ -124,7 +124,7 @@ def _serve(
     source_fd = open_source(settings)  # first: it may hang, and then scratch must be free for others
     scratch = claim_scratch(settings.scratch)
     if log_file:
-        _log_to(logging.FileHandler(_new_log(scratch)), settings)
+        _log_to(logging.StreamHandler(_new_log(scratch)), settings)
     try:
         serve(lay_grounds(settings, source_fd, scratch), on_ready, manager.keep_informed if manager else None)
     except CachefsError:
@@ -135,8 +135,8 @@ def _serve(
         raise
 
 
-def _new_log(scratch: Scratch) -> Path:
-    """The path of this process's log; of those whose process has ended the newest stay."""
+def _new_log(scratch: Scratch) -> TextIO:
+    """This process's log; of those whose process has ended the newest stay."""
     folder = scratch.open_directory("logs")
     try:
         ended = []
@@ -147,9 +147,13 @@ def _new_log(scratch: Scratch) -> Path:
         for _, name in sorted(ended)[:-_KEPT_LOGS]:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
+        name = f"{os.getpid()}.log"
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        return open(os.open(name, flags, 0o600, dir_fd=folder), "w", buffering=1)
     finally:
         os.close(folder)
-    return scratch.at("logs", f"{os.getpid()}.log")
 
 
 def _log_to(handler: logging.Handler, settings: Settings) -> None:

@@ -7,7 +7,8 @@ Invariants:
 - What is bound is the tree of a whole directory, or one large file. It never changes again.
 - A bind hangs on the FUSE mount itself, reached through a descriptor of it: so it goes with the mount, and never lands
   on what lies beneath. That descriptor is closed at once, so that it keeps no one from unmounting.
-- A directory that is in use is never detached: its users' way up would be cut. Unmounted, or left beneath a larger one.
+- A directory that is in use is not detached, which would cut its users' way up, but unmounted, or left beneath a larger
+  one. Only where its tree proves to be changed it is: the mount beneath it has what is missing there.
 - Who may not look into the mount gets no further by promotion.
 """
 
@@ -28,7 +29,7 @@ import trio
 
 from cachefs.cache.capacity import CapacityKeeper
 from cachefs.cache.residency import Residency
-from cachefs.cache.storage import Storage
+from cachefs.cache.storage import Storage, is_same_time
 from cachefs.cache.trees import MISSING, Entry, Trees
 from cachefs.config import Settings
 from cachefs.errors import describe
@@ -45,7 +46,7 @@ from cachefs.mount.system_calls import (
     mount,
     umount,
 )
-from cachefs.source.attributes import Attributes, size_of
+from cachefs.source.attributes import Attributes, mtime_of, size_of
 from cachefs.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ _FILES_SETTLE_SECONDS = 5.0
 """Large files are promoted on their own when their directory makes no progress."""
 _REPORTED_PATHS = 100
 _LEAVE_SECONDS = 5.0
+_WATCH_SECONDS, _WATCHED_AT_ONCE = 1.0, 200
+"""So often so many directories of the trees are looked at, in turn."""
 _RETRY_SECONDS = 60.0
 _CAP_SYS_ADMIN = 21
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
@@ -115,6 +118,10 @@ class Promotion:
         self._lease = lease
         self._timeout = source_timeout
         self._bound: dict[bytes, tuple[int, int]] = {}
+        self._built_mtimes: dict[
+            bytes, int
+        ] = {}  # of each directory of our tree, in ns: nothing changes there any more
+        self._unwatched: list[bytes] = []
         self._refused: dict[bytes, float] = {}  # paths that could not be bound → when to try again
         self._threads = trio.CapacityLimiter(1)
         is_root, may_execute = os.geteuid() == 0, not os.fstatvfs(trees.fd).f_flag & os.ST_NOEXEC
@@ -158,13 +165,58 @@ class Promotion:
         if self.reason_against is not None:
             return
         await self._residency.loaded.wait()
+        with trio.CancelScope() as promoting:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, promoting)
+                while True:
+                    await self._wait()
+                    await self._promote()
+
+    async def _watch(self, promoting: trio.CancelScope) -> None:
+        """See that nobody takes our trees apart, as one who cleans up temporary directories does; else withdraw."""
         while True:
-            await self._wait()
-            await self._promote()
+            await trio.sleep(_WATCH_SECONDS)
+            if not self._bound:
+                continue
+            changed = await trio.to_thread.run_sync(self._find_changed, self._next_watched(), abandon_on_cancel=True)
+            if changed is not None:
+                log.warning("promoted directories are taken back, because scratch was changed path=%r", changed or b".")
+                self.reason_against = "scratch was changed by somebody else"
+                promoting.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._withdraw, [*self._bound], limiter=self._threads)
+                return
+
+    def _next_watched(self) -> list[tuple[bytes, int | None]]:
+        """What is bound, and the next directories within, each with its mtime (files without)."""
+        if not self._unwatched:
+            self._unwatched = [path for path in self._built_mtimes if is_below(path, self._bound)]
+        watched = [*self._outermost(), *self._unwatched[:_WATCHED_AT_ONCE]]
+        self._unwatched = self._unwatched[_WATCHED_AT_ONCE:]
+        return [(path, self._built_mtimes.get(path)) for path in watched]
+
+    def _find_changed(self, watched: Sequence[tuple[bytes, int | None]]) -> bytes | None:
+        """One that is not as we left it in our tree. In a thread."""
+        for path, built in watched:
+            try:
+                fd = self._open_in_tree(path)
+            except OSError:
+                return path
+            status = os.fstat(fd)
+            os.close(fd)
+            if not status.st_nlink or (built is not None and not is_same_time(status.st_mtime_ns, built)):
+                return path
+        return None
+
+    def _withdraw(self, bound: Sequence[bytes]) -> None:
+        """Detach what is bound. In a thread."""
+        for path in bound:
+            with suppress(OSError):
+                umount(Path(os.fsdecode(os.path.join(os.fsencode(self._mountpoint), path))), detach=True)
 
     async def leave(self) -> None:
         """Remove this mount's trees, after it is unmounted. What takes too long the next mount does, or purge."""
-        if self.reason_against is None:
+        if self._built_mtimes or self.reason_against is None:
             with trio.move_on_after(_LEAVE_SECONDS):
                 try:
                     await self._pool.run(("fell", [self._lease]), what="fell")
@@ -193,10 +245,10 @@ class Promotion:
         for path, (files, size) in sorted(self._survey.built.items(), key=lambda item: -item[1][1]):
             if path not in self._bound:
                 await self._bind(path, files, size)
-        self._capacity.promoted_bytes = sum(self._bound[path][1] for path in self._outermost())
         if time.monotonic() > self._survey.resident_at + _FILES_SETTLE_SECONDS:
             for node, entry in self._survey.large_files():
                 await self._promote_file(node, entry)
+        self._capacity.promoted_bytes = sum(self._bound[path][1] for path in self._outermost())
 
     async def _try(self, node: Node) -> None:
         """Build the tree of a directory if it is complete."""
@@ -224,7 +276,8 @@ class Promotion:
         except OSError:
             self._survey.note_hole(node)
             raise
-        if is_whole:
+        if is_whole and attributes is not None:
+            self._built_mtimes[path] = mtime_of(attributes)
             self._survey.note_built(node, files, size)
         else:
             log.info("not promoted path=%r error=%r", path, "a tree cannot have its attributes or entries")

@@ -108,19 +108,24 @@ class _Verify:
         """Those that the index still knows when all mounts have written what they know."""
         if missing and live_leases(self._scratch):
             time.sleep(2 * FLUSH_SECONDS)
-            now = read_index(self._index)
+            now = self._read_index()
             missing = [fault for fault in missing if fault.name in now and not self._storage.has(fault.name)]
         return missing
 
     def _note_file(self, fault: Fault) -> None:
+        line = f"{os.fsdecode(fault.path)}: {fault.what} ({fault.name.hex()})"
+        if self._storage.is_shown(fault.name, fault.boot) and live_leases(self._scratch):
+            self._note(f"{line}; it is promoted: unmount before it can be repaired", is_mended=False)
+            return
         if self._repair:
             if fault.what == MISSING:  # or evicted, and the index was not told: then it is not counted any more
                 self._ledger.doubt()
-            elif self._storage.drop(fault.name, fault.boot):
+            elif self._storage.drop(fault.name, fault.boot) and fault.size is not None:
                 self._ledger.remove(fault.size)
                 self._ledger.doubt()
-        self._gone.append(fault.name)
-        self._note(f"{os.fsdecode(fault.path)}: {fault.what} ({fault.name.hex()})", is_mended=self._repair)
+        if not self._storage.has(fault.name):  # else there is a good copy, beside one from before the last boot
+            self._gone.append(fault.name)
+        self._note(line, is_mended=self._repair)
 
     def _note(self, line: str, *, is_mended: bool) -> None:
         self._verified.left += not is_mended

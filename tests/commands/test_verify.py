@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import needs_root
 from tests.harness import MountedCache, detach, run_cachefs, verify, wait_until
 from tests.mount.observing import counters, stored_bytes
 from tests.mount.test_recovery import reboot
@@ -187,6 +188,29 @@ def test_an_eviction_that_the_index_does_not_know(source: Path, mounted, mountpo
     assert status == 1
     assert said.count("it is not there") >= 2
     assert counters(other)["resident_bytes"] == stored_bytes(cache.scratch)
+
+
+@needs_root
+def test_a_copy_that_is_promoted(source: Path, mounted, mountpoint: Path):
+    """The kernel shows it, whatever we drop: it is said to be left until the mount is gone."""
+    for number in range(FILES):
+        (source / f"{number}").write_bytes(random.Random(number).randbytes(SIZE))
+    cache = mounted(source, at=mountpoint, env={"CACHEFS_NO_PROMOTE": "0"})
+    read(cache)
+    wait_until(lambda: counters(cache)["promoted_files"] == FILES, "all is promoted")
+    names = "SELECT count(*) FROM files WHERE checksum IS NOT NULL"
+    with closing(sqlite3.connect(cache.scratch / "index.db")) as connection:
+        wait_until(lambda: connection.execute(names).fetchone() == (FILES,), "all is recorded")
+    flip_keeping_times(copies(cache)[0])
+    for _ in range(2):
+        status, said = verify(cache.scratch, "--repair")
+        assert status == 1
+        assert "it is promoted: unmount before it can be repaired" in said
+        assert "1 fault left" in said
+    cache.unmount()
+    status, said = verify(cache.scratch, "--repair")
+    assert "1 fault repaired" in said
+    assert verify(cache.scratch)[0] == 0
 
 
 def test_a_copy_in_use(filled: MountedCache, source: Path, mounted, mountpoint):

@@ -9,7 +9,6 @@ it has seen: files that were read whole, errors by name, and wrong ones, of whic
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import json
 import multiprocessing
@@ -132,8 +131,10 @@ class Crowd:
         """What all of them have seen, once they were terminated."""
         seen = Seen()
         for pipe in self._pipes:
-            with contextlib.suppress(EOFError):
+            try:
                 seen.add(pipe.recv())
+            except EOFError:
+                seen.wrong.append("a reader died before it could say what it has seen")
         for process in self._processes:
             process.join()
         return seen

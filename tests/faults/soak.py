@@ -26,9 +26,10 @@ from pathlib import Path
 import psutil
 
 from cachefs.demo.slow_source import SlowSource
+from tests.commands.places import processes_of
 from tests.faults import versions
 from tests.faults.readers import Crowd
-from tests.harness import mounts_below, run_cachefs
+from tests.harness import mounts_below, run_cachefs, wait_until
 from tests.mount.observing import stored_bytes
 
 FILES, DIRECTORIES, READERS = 80, 6, 3
@@ -250,7 +251,6 @@ def main() -> int:
     parser.add_argument("--mounts", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where everything lies meanwhile")
     arguments = parser.parse_args()
-    me = psutil.Process()
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="cachefs-soak-", dir=arguments.folder) as name:
         folder = Path(name).resolve()
@@ -260,8 +260,9 @@ def main() -> int:
         finally:
             soak.close()
         left = [f"mounted: {path}" for path in mounts_below(folder)]
-        psutil.wait_procs(me.children(recursive=True), timeout=10)
-        left += [f"running: {process.name()} {process.pid}" for process in me.children(recursive=True)]
+        with suppress(AssertionError):
+            wait_until(lambda: not processes_of(folder), "the processes of its mounts end", 10)
+        left += [f"running: process {pid}" for pid in processes_of(folder)]
     for what in ("operations", "bytes", "faults", "errors"):
         print(f"{what}: {result[what]:,}" if isinstance(result[what], int) else f"{what}: {result[what]}")
     problems = [*result["problems"], *left]  # type: ignore[misc]

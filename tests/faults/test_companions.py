@@ -47,6 +47,7 @@ def test_killed_and_restarted_at_random(mounts, dataset, tmp_path, mounted, read
     assert watch.samples > 10
     assert 0 < watch.largest <= capacity
     dataset.check(places[0])
+    assert counters(steady)["evictions"], "there was no need to evict"
     steady.unmount()
     again = mounted(dataset.path, "--capacity", str(capacity), "--policy", "lru", at=places[0], scratch=scratch)
     dataset.check(places[0])  # without company it has counted afresh what the dead had reserved

@@ -88,7 +88,7 @@ def test_a_copy_that_somebody_changed(damage, name, dataset, mounted, mountpoint
     before = counters(cache)["fetches"]
     copy = copy_of(cache, dataset, name)
     if damage is not Path.unlink:
-        cache.expect_log(f"path=b'{name}' copy={copy.name}")
+        cache.must_log(f"path=b'{name}' copy={copy.name}")
     damage(copy)
     drop_page_cache(mountpoint / name)
     assert (mountpoint / name).read_bytes() == dataset.content[name]
@@ -119,7 +119,7 @@ def test_a_copy_that_changes_while_it_is_open(dataset, mounted, mountpoint):
     """Cut off under a reader: the rest comes from the source."""
     cache = mounted(dataset.path, at=mountpoint)
     dataset.check(mountpoint)
-    cache.expect_log("path=b'large' copy=")
+    cache.must_log("path=b'large' copy=")
     copy = copy_of(cache, dataset, "large")
     drop_page_cache(mountpoint / "large")
     with open(mountpoint / "large", "rb", buffering=0) as file:

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cachefs.errors import CachefsError
 from cachefs.mount.purge import purge
 from tests.commands.places import Place
 from tests.conftest import needs_root
-from tests.harness import run_cachefs, verify
+from tests.harness import mounts_below, run_cachefs, verify
 from tests.mount.observing import describe_tree
 from tests.unit.profile import FIXED
 
@@ -129,13 +130,14 @@ def test_links_in_scratch_lead_nowhere(what, dataset, mounted, mountpoint, tmp_p
 
 
 KINDS = ("file", "folder", "link", "link to folder", "hard link", "fifo", "socket", "dangling", "loop")
+KINDS += ("mount", "mount over a file") if os.geteuid() == 0 else ()
 TREES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 30)), max_size=25)
 
 
 @settings(FIXED, max_examples=60)
 @given(shape=TREES, seed=st.integers(0, 1000))
 def test_purge_leaves_its_directory_alone_in_nothing(shape, seed, tmp_path_factory):
-    """Whatever lies in scratch, purge removes it, and changes nothing outside."""
+    """Whatever lies in scratch, purge removes it, and changes nothing outside; where something is mounted it stops."""
     folder = tmp_path_factory.mktemp("purge")
     victim, scratch = folder / "victim", folder / "scratch"
     (victim / "sub").mkdir(parents=True)
@@ -151,7 +153,18 @@ def test_purge_leaves_its_directory_alone_in_nothing(shape, seed, tmp_path_facto
     for number, (kind, where) in enumerate(shape):
         make(kind, places[where % len(places)] / f"{number}", victim, places, dice)
     links = {path: path.stat().st_nlink for path in victim.rglob("*")}
-    purge(scratch)
+    mounted, said = sorted(mounts_below(scratch), reverse=True), "is a mount"
+    try:
+        purge(scratch)
+    except CachefsError as error:
+        said = str(error)
+    finally:
+        for path in mounted:
+            subprocess.run(["umount", path], check=True)
+    assert "is a mount" in said or "busy" in said, said
+    assert (victim / "thesis").read_text() == "important"
+    if scratch.exists():
+        purge(scratch)
     assert not scratch.exists()
     assert (victim / "thesis").read_text() == "important"
     assert (victim / "sub/more").read_text() == "important too"
@@ -174,6 +187,12 @@ def make(kind: str, path: Path, victim: Path, places: list[Path], dice: random.R
             os.close(folder)
     elif kind == "hard link":
         os.link(victim / dice.choice(("thesis", "sub/more")), path)
+    elif kind == "mount":
+        path.mkdir()
+        subprocess.run(["mount", "--bind", victim, path], check=True)
+    elif kind == "mount over a file":
+        path.touch()
+        subprocess.run(["mount", "--bind", victim / "thesis", path], check=True)
     else:
         targets = {"link": victim / "thesis", "link to folder": victim, "dangling": Path("nowhere"), "loop": path}
         path.symlink_to(targets[kind])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -36,6 +37,12 @@ def as_nobody(*paths):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
+def user_of(program):
+    """Who nobody is while he runs a copy of /usr/bin/id."""
+    done = subprocess.run([program, "-u"], user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, check=True)
+    return int(done.stdout)
+
+
 @pytest.fixture
 def tree(source, tmp_path):
     """A source that other users may reach."""
@@ -63,6 +70,20 @@ def test_with_allow_other_the_kernel_enforces_the_modes(tree, mounted, mountpoin
         assert (mountpoint / "closed/file").read_bytes() == b"content"
     assert stat.S_IMODE(cache.scratch.stat().st_mode) == 0o700
     assert as_nobody(cache.scratch) == ["EACCES"]
+
+
+@needs_root
+@pytest.mark.parametrize("is_promoted", [False, True])
+def test_a_setuid_bit_has_no_effect(tree, mounted, mountpoint, is_promoted):
+    """A program of root's that is run by another user stays that user's."""
+    mountpoint.chmod(0o755)
+    shutil.copy("/usr/bin/id", tree / "id")
+    (tree / "id").chmod(0o4755)
+    assert user_of(tree / "id") == 0, "on the source it has"
+    cache = mounted(tree, "--allow-other", at=mountpoint, env={"CACHEFS_NO_PROMOTE": "0" if is_promoted else "1"})
+    assert user_of(mountpoint / "id") == NOBODY
+    assert stat.S_IMODE((mountpoint / "id").stat().st_mode) == 0o4755
+    cache.unmount()
 
 
 @needs_root

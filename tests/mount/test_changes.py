@@ -109,7 +109,7 @@ def test_a_reader_of_an_uncached_file_never_gets_two_versions(source, mounted, m
     assert opens(cache)[2] >= 1
 
 
-@pytest.mark.parametrize("change", ["replaced", "overwritten", "truncated", "grown", "deleted"])
+@pytest.mark.parametrize("change", ["replaced", "overwritten", "set back", "truncated", "grown", "deleted"])
 def test_a_file_that_changes_while_it_is_fetched(source, mounted, mountpoint, slow_source, change):
     """Semantics 7: the reader has the old bytes or ESTALE, no copy of two versions stays, then the new one is read."""
     old, new = random.Random(5).randbytes(LARGE), random.Random(6).randbytes(LARGE)
@@ -123,6 +123,10 @@ def test_a_file_that_changes_while_it_is_fetched(source, mounted, mountpoint, sl
             replace(file, new)
         elif change == "overwritten":
             overwrite(file, new)
+        elif change == "set back":
+            before = file.stat()
+            overwrite(file, new)
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
         elif change == "truncated":
             os.truncate(file, LARGE // 2)
         elif change == "grown":

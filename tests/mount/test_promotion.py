@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -177,6 +178,44 @@ def test_over_its_own_source(source, promoting):
     assert_served_without_us(cache, source)
     cache.unmount()
     assert describe(source) == want
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["scratch", "trees", "a file"])
+def test_scratch_is_removed(what, source, mounted, mountpoint):
+    """By one who cleans up temporary directories: what was promoted is served by the mount again, and soon."""
+    content = {f"{number % 3}/{number}": b"%d" % number * 1000 for number in range(30)}
+    for name, data in content.items():
+        write(source / name, data)
+    cache = mounted(source, at=mountpoint, env=PROMOTING)
+    for name, data in content.items():
+        assert (mountpoint / name).read_bytes() == data
+    wait_until(lambda: counters(cache)["promoted_files"] == len(content), "all is promoted")
+    cache.must_log("promoted directories are taken back, because scratch was changed")
+    cache.expect_log("scratch failed|fetch failed|index not|trees|not removed|not recorded|no room|copy=")
+    held = os.open(mountpoint / "0/0", os.O_RDONLY)
+    if what == "scratch":
+        while cache.scratch.exists():
+            shutil.rmtree(cache.scratch, ignore_errors=True)
+    elif what == "trees":
+        shutil.rmtree(next((cache.scratch / "trees").iterdir()))
+    else:
+        next((cache.scratch / "trees").rglob("29")).unlink()
+    wait_until(
+        lambda: not any(mount.tree for mount in read_mounts() if mount.path.is_relative_to(mountpoint)), "it does"
+    )
+    for name, data in content.items():
+        assert (mountpoint / name).read_bytes() == data
+    assert os.read(held, 10_000) == content["0/0"], "who has a file open reads on"
+    os.close(held)
+    if what != "scratch":
+        said = counters(cache)
+        assert said["promotion"] == "off: scratch was changed by somebody else"
+        assert said["promoted_files"] == 0
+        cache.unmount()
+    else:
+        run_cachefs("umount", mountpoint, check=False)
+        assert not cache.is_mounted()
 
 
 @pytest.mark.parametrize("hole", ["fifo", "setuid", "setgid", "too large", "not read"])

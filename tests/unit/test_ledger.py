@@ -31,7 +31,7 @@ def ledger_of(tmp_path):
 
     yield make
     for ledger in made:
-        if not ledger._map.closed:
+        if ledger._fd >= 0:
             ledger.close()
     os.close(fd)
 
@@ -294,3 +294,46 @@ class Mounts(RuleBasedStateMachine):
 
 TestMounts = Mounts.TestCase
 TestMounts.settings = settings(FEW, stateful_step_count=40, max_examples=60)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: os.truncate(path, 0),
+        lambda path: os.truncate(path, 900),
+        lambda path: path.write_bytes(b"x" * 2000),
+    ],
+    ids=["empty", "cut", "other"],
+)
+def test_a_ledger_that_somebody_damaged_counts_as_full(ledger_of, tmp_path, damage):
+    """While it is used: nothing is stored any more, and who comes to it alone counts afresh."""
+    one = ledger_of("a")
+    one.join([])
+    one.set_stored(100, 1)
+    assert one.reserve(50, CAPACITY)
+    damage(tmp_path / "ledger")
+    assert not one.reserve(1, CAPACITY)
+    one.settle(50)
+    one.remove(30)
+    one.doubt()
+    assert not one.reserve(1, CAPACITY)
+    other = ledger_of("b")
+    assert other.join(["a"])
+    assert not other.reserve(1, CAPACITY), "who has company cannot count"
+    other.leave(clean=False)
+    one.leave(clean=True)
+    last = ledger_of("c")
+    assert not last.join([]), "alone it counts"
+    last.set_stored(150, 2)
+    assert last.reserve(CAPACITY - 150, CAPACITY)
+    last.close()
+
+
+def test_the_count_is_never_negative(ledger_of):
+    """A size that the index had wrong makes room for nothing."""
+    ledger = ledger_of("a")
+    ledger.join([])
+    ledger.set_stored(100, 1)
+    ledger.remove(1 << 40)
+    assert ledger.stored() == (0, 0)
+    assert not ledger.reserve(CAPACITY + 1, CAPACITY)

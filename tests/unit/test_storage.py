@@ -267,3 +267,17 @@ def test_a_copy_that_is_not_as_it_was_left(storage, scratch):
     assert storage.drop(NAME, storage.boot)
     (aside,) = (scratch.path / "staging").iterdir()
     assert (aside / "file").read_text() == "of somebody else"
+
+
+def test_a_staged_name_that_is_a_link_to_somebody_elses_file(storage, scratch, tmp_path):
+    """Neither is that file written to, nor does the link keep its place."""
+    victim = tmp_path / "victim"
+    victim.write_text("of somebody else")
+    place = scratch.path / "staging" / NAME.hex()
+    place.hardlink_to(victim)
+    put(storage, NAME, b"ours")
+    assert victim.read_text() == "of somebody else"
+    assert victim.stat().st_nlink == 1
+    fd = storage.open(NAME)
+    assert os.pread(fd, 10, 0) == b"ours"
+    os.close(fd)
