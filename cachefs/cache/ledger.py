@@ -14,6 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -58,7 +59,8 @@ class Ledger:
             if content is _UNREADABLE:  # or new: alone it is counted afresh, with company it stays full
                 content = _UNREADABLE if known else _EMPTY
                 os.ftruncate(self._fd, 0)
-                os.pwrite(self._fd, content, 0)
+                if os.pwrite(self._fd, content, 0) != _BYTES:  # a limit of file sizes, say
+                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "ledger")
             _, stored, files, boot, clean, too_high = _HEADER.unpack_from(content)
             trusted = bool(known) or (bool(clean) and boot.rstrip(b"\0") == self._boot)
             for number, (lease, reserved) in enumerate(self._slots()):

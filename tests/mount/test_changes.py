@@ -91,7 +91,7 @@ def test_a_new_version_is_seen_after_the_ttl(source, mounted, mountpoint, change
         assert os.stat(mountpoint / "file").st_size == len(new)
         assert os.fstat(reader.fileno()).st_size == len(OLD)
         assert_one_version(*read_on(reader, first), OLD)
-    assert counters(cache)["fetches"] == 2
+    wait_until(lambda: counters(cache)["fetches"] == 2, "both fetches are over: the last byte comes a little earlier")
     assert (mountpoint / "file").read_bytes() == new
 
 
@@ -286,3 +286,21 @@ def test_modes_and_owners_that_change(source, mounted, mountpoint):
         assert os.stat(mountpoint / "sub").st_mode & 0o777 == mode
         assert os.stat(mountpoint / "file").st_mode & 0o777 == mode
     assert os.stat(mountpoint / "sub").st_ino == inode
+
+
+def test_the_source_itself_is_replaced(source, mounted, mountpoint, tmp_path):
+    """Semantics 2: the directory that was opened is served for the life of the mount, wherever it is by now."""
+    (source / "file").write_bytes(OLD)
+    cache = mounted(source, *NOW, at=mountpoint)
+    source.rename(tmp_path / "aside")
+    source.mkdir()
+    (source / "other").write_bytes(b"another dataset")
+    assert (mountpoint / "file").read_bytes() == OLD
+    assert os.listdir(mountpoint) == ["file"]
+    (tmp_path / "aside/new").write_bytes(b"new")
+    wait_until((mountpoint / "new").exists, "what is new in it is seen")
+    cache.unmount()
+    again = mounted(source, *NOW, at=mountpoint, scratch=cache.scratch)
+    assert os.listdir(mountpoint) == ["other"]
+    assert (mountpoint / "other").read_bytes() == b"another dataset"
+    again.unmount()

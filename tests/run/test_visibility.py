@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
 
 from tests.conftest import needs_root
 from tests.harness import mount_lines, mounts_everywhere
@@ -73,3 +80,58 @@ def test_mounts_of_the_command_are_not_seen_outside(own_place: JobPlace):
     machine.do(f'test -z "$(ls {outer})"')
     job.command.ask(f"subprocess.run(['umount', '{outer}'], check=True).returncode")
     job.end()
+
+
+_NOBODY_AT = """
+import os, socket, sys
+os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+if sys.argv[1] == "connect":
+    sock.connect("\\0" + sys.argv[2])
+    sock.settimeout(20)
+    try:
+        sock.send(b'{"command": "report"}')
+        print(socket.recv_fds(sock, 10_000, 10)[:2])
+    except (BrokenPipeError, ConnectionResetError):
+        print((b"", []))
+else:
+    sock.bind("\\0" + sys.argv[2])
+    sock.listen()
+    print("bound", flush=True)
+    sys.stdin.read()
+"""
+
+
+def meeting_point(keeper: psutil.Process) -> str:
+    """The name at which the runs of a job meet, without its first byte, which is 0."""
+    inodes = {os.readlink(fd)[8:-1] for fd in Path(f"/proc/{keeper.pid}/fd").iterdir()}
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    (name,) = {words[7] for words in lines if len(words) == 8 and words[6] in inodes and words[7][:1] == "@"}
+    return name[1:]
+
+
+@contextmanager
+def held_by_nobody(name: str) -> Iterator[None]:
+    command = [sys.executable, "-c", _NOBODY_AT, "hold", name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "bound\n"
+            yield
+        finally:
+            process.kill()
+
+
+@needs_root
+def test_another_user_where_the_runs_meet(own_place: JobPlace):
+    """He learns nothing and gets no namespace; where he was first, a run says so and reads the source."""
+    job = own_place.job()
+    name = meeting_point(own_place.keeper())
+    command = [sys.executable, "-c", _NOBODY_AT, "connect", name]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "(b'', [])\n"
+    assert job.command.read(own_place.source / "one") == b"1" * 1000
+    job.end()
+    own_place.wait_for_the_end()
+    with held_by_nobody(name):
+        done = own_place.cached("cat", own_place.source / "one")
+    assert (done.returncode, done.stdout) == (0, "1" * 1000)
+    assert "another user holds the name of this job's mounts" in done.stderr
