@@ -93,7 +93,7 @@ class TestMount:
 class TestUmount:
     def test_an_argument_wins(self, other: Place):
         env = {**variables(other, "other"), **configuration(other, source="source", mountpoint="mountpoint")}
-        other.do("mount", env=env)
+        other.do("mount", "--scratch", other.path / "first", env=env)
         other.do("mount", other.source, "--scratch", other.path / "second")
         other.do("umount", other.source, env=env)
         assert mounted(other) == {"other": "other"}

@@ -31,7 +31,8 @@ def training(data: Path) -> Iterator[dict[str, object]]:
     """What the script prints, an epoch at a time."""
     arguments = [data, "--epochs", EPOCHS, "--workers", 4, "--seed", 7]
     command = [sys.executable, "-W", "ignore", SCRIPT, *arguments]
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(data.parent / "inductor")}  # else in the temporary directory
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         for line in process.stdout:
             yield json.loads(line)
