@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -37,6 +37,19 @@ def run_cachefs(
     if check and done.returncode:
         raise AssertionError(f"cachefs {arguments} exited with {done.returncode}: {done.stderr}{done.stdout}")
     return done
+
+
+@contextmanager
+def scripted(script: str, *arguments: object, says: str) -> Iterator[None]:
+    """A process that runs a script while its block runs, from when it has printed the line `says` on."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"{says}\n"
+            yield
+        finally:
+            process.kill()
 
 
 def verify(scratch: Path, *options: str) -> tuple[int, str]:

@@ -103,31 +103,37 @@ def _measure(
 ) -> tuple[dict[str, float], float]:
     """The mean hit rates of the settled epochs, by policy, and how far off the forecasts were on average."""
     capacity = int(sum(sizes.values()) * files // len(sizes) * share)
-    settled = [
-        epoch for epoch in range(len(trace) // files) if all(not 0 <= epoch - at < SETTLING_EPOCHS for at in changes)
-    ]
-    forecasts: list[float] = []
     rates, off = {}, 0.0
     for policy in POLICIES:
-        hits = simulate(policy, trace, sizes, capacity, forecasts, files)
-        outcomes = [sum(hits[epoch * files : (epoch + 1) * files]) / files for epoch in settled]
-        rates[policy] = sum(outcomes) / len(settled)
+        hits, forecasts = simulate(policy, trace, sizes, capacity, files)
+        outcomes = settled_rates(hits, changes, files)
+        rates[policy] = sum(outcomes.values()) / len(outcomes)
         stage.records.add(
             name, policy, "hit rate", "of opens", rates[policy], {"capacity_share": share, "files": float(files)}
         )
         if policy == "auto":
-            off = sum(abs(forecasts[epoch] - rate) for epoch, rate in zip(settled, outcomes, strict=True))
+            off = sum(abs(forecasts[epoch] - rate) for epoch, rate in outcomes.items()) / len(outcomes)
     said = ", ".join(f"{policy} {rate:.3f}" for policy, rate in rates.items())
-    stage.tell(f"{name}, capacity {share:.0%}: {said}; forecast off by {off / len(settled):.3f}")
-    return rates, off / len(settled)
+    stage.tell(f"{name}, capacity {share:.0%}: {said}; forecast off by {off:.3f}")
+    return rates, off
+
+
+def settled_rates(hits: Sequence[bool], changes: Sequence[int], files: int) -> dict[int, float]:
+    """The hit rates of the epochs that count, by their number."""
+    return {
+        epoch: sum(hits[epoch * files : (epoch + 1) * files]) / files
+        for epoch in range(len(hits) // files)
+        if all(not 0 <= epoch - at < SETTLING_EPOCHS for at in changes)
+    }
 
 
 def simulate(
-    policy: str, trace: Trace, sizes: dict[int, int], capacity: int, forecasts: list[float], files: int
-) -> list[bool]:
-    """Of each open whether it hits. `auto` adds to `forecasts` what it expects at the beginning of each epoch."""
+    policy: str, trace: Trace, sizes: dict[int, int], capacity: int, files: int
+) -> tuple[list[bool], list[float]]:
+    """(Of each open whether it hits; what `auto` expected at the beginning of each epoch, for others nothing)"""
+    forecasts: list[float] = []
     if policy == "future":
-        return _simulate_future(trace, sizes, capacity)
+        return _simulate_future(trace, sizes, capacity), forecasts
     ghosts = Ghosts(AUTO, capacity) if policy == "auto" else None
     names = {file: hashlib.blake2b(b"%d" % file, digest_size=24).digest() for file in sizes}
     held: OrderedDict[int, int] = OrderedDict()
@@ -156,7 +162,7 @@ def simulate(
             held[file] = sizes[file]
             order.append(file)
             taken += sizes[file]
-    return hits
+    return hits, forecasts
 
 
 def _simulate_future(trace: Trace, sizes: dict[int, int], capacity: int) -> list[bool]:

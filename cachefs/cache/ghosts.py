@@ -19,9 +19,11 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-HOLD, LRU, AUTO = "hold", "lru", "auto"
+from cachefs.config import POLICIES
+
+HOLD, LRU, AUTO = POLICIES
 MOST_NAMES = 4096
-"""The sample: some 1 MB. Where all files are read equally often, hit rates are right to about 1 point."""
+"""The sample: some 2 MB. Where all files are read equally often, hit rates are right to about 1 point."""
 _LOOK_OPENS = 32
 """Sampled opens between looks at what would have been better."""
 _MARGIN = 0.02
@@ -39,16 +41,6 @@ _NEW, _UNKNOWN, _KNOWN = 0.9, 0.5, 0.1
 """Shares of new ones: from the first on other files are read than before; up to the second, rates mean something; up to
 the third, all files that are in use have been seen."""
 _FULL_SCALE = 1 << 32
-
-
-@dataclass(frozen=True)
-class HitRates:
-    """Shares (0 to 1) of the opens in the last round: that did hit; that recency would have hit; and that a fixed part
-    of what is used will hit."""
-
-    actual: float
-    recent: float
-    fixed: float
 
 
 @dataclass
@@ -121,24 +113,19 @@ class Ghosts:
         """How many different ones are in use, about: those of an epoch."""
         return round(len(self._seen) / self.share)
 
-    @property
-    def rates(self) -> HitRates | None:
-        """None while nothing can be said: most of what is opened is new, and hits nothing."""
-        if self._last is None or self._newness > _UNKNOWN > self._last.recent / self._last.opens:
-            return None
-        fits = min(1.0, self.capacity * self.share / max(1, self._seen_bytes))
-        return HitRates(
-            self._last.hits / self._last.opens, self._last.recent / self._last.opens, (1 - self._newness) * fits
-        )
-
     def expected(self, way: str) -> float | None:
-        """The hit rate (0 to 1) to expect of HOLD or LRU, None while that is not known."""
-        rates = self.rates
-        if rates is None:
+        """The hit rate (0 to 1) to expect of HOLD or LRU.
+
+        None while nothing can be said: most of what is opened is new, and hits nothing.
+        """
+        last = self._last
+        if last is None or self._newness > _UNKNOWN > last.recent / last.opens:
             return None
+        actual = last.hits / last.opens
+        fixed = (1 - self._newness) * min(1.0, self.capacity * self.share / max(1, self._seen_bytes))
         if way != self.way:
-            return rates.recent if way == LRU else rates.fixed
-        return max(rates.actual, rates.fixed) if self._is_free and way == HOLD else rates.actual
+            return last.recent / last.opens if way == LRU else fixed
+        return max(actual, fixed) if self._is_free and way == HOLD else actual
 
     def open(self, name: bytes, size: int, *, is_hit: bool) -> None:
         """A file of `size` bytes was opened. Of its name the first 4 bytes are as likely to be any as any other."""

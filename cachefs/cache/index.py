@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from cachefs.cache.storage import Storage
+from cachefs.cache.storage import NAME_BYTES, Storage
 from cachefs.errors import StorageError
 from cachefs.workers.protocol import Handler
 
@@ -58,7 +58,7 @@ _OF_ANOTHER_VERSION = "its tables are of another version of cachefs"
 _COLUMNS = {"name", "dataset", "size", "checksum", "boot", "path", "last_used"}
 
 _IS_SOUND = (
-    "typeof(name) = 'blob' AND length(name) = 24 AND typeof(size) = 'integer' AND size BETWEEN 0 AND 1 << 60"
+    f"typeof(name) = 'blob' AND length(name) = {NAME_BYTES} AND typeof(size) = 'integer' AND size BETWEEN 0 AND 1 << 60"
     " AND typeof(ifnull(checksum, x'')) = 'blob' AND length(ifnull(checksum, x'')) IN (0, 8)"
     " AND typeof(boot) = 'text' AND length(boot) = 32 AND boot NOT GLOB '*[^0-9a-f]*'"
     " AND typeof(ifnull(path, x'')) = 'blob' AND typeof(files.last_used) = 'integer'"

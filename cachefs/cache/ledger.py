@@ -58,9 +58,7 @@ class Ledger:
             content = self._content()
             if content is _UNREADABLE:  # or new: alone it is counted afresh, with company it stays full
                 content = _UNREADABLE if known else _EMPTY
-                os.ftruncate(self._fd, 0)
-                if os.pwrite(self._fd, content, 0) != _BYTES:  # a limit of file sizes, say
-                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "ledger")
+                self._renew(content)
             _, stored, files, boot, clean, too_high = _HEADER.unpack_from(content)
             trusted = bool(known) or (bool(clean) and boot.rstrip(b"\0") == self._boot)
             for number, (lease, reserved) in enumerate(self._slots()):
@@ -111,8 +109,7 @@ class Ledger:
     def reset(self, size: int, files: int) -> None:
         """The count, freshly made while no mount is there at all: nothing is reserved."""
         with self._locked():
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, _EMPTY, 0)
+            self._renew(_EMPTY)
             self._write_header(size, files)
 
     def stored(self) -> tuple[int, int]:
@@ -132,24 +129,23 @@ class Ledger:
             reserved = sum(_RESERVED.unpack_from(content, _SLOTS_AT)) + size
             if stored + reserved > capacity or reserved > room:
                 return False
-            self._add_reserved(size)
+            self._change(content, reserved=size)
         return True
 
     def release(self, size: int) -> None:
         """Give a reservation back: nothing of it was kept."""
         with self._locked():
-            self._add_reserved(-size)
+            self._change(self._content(), reserved=-size)
 
     def settle(self, size: int) -> None:
         """Turn a reservation into a stored file."""
         with self._locked():
-            self._add_stored(size, 1)
-            self._add_reserved(-size)
+            self._change(self._content(), stored=size, files=1, reserved=-size)
 
     def remove(self, size: int, files: int = 1) -> None:
         """Stored files are gone."""
         with self._locked():
-            self._add_stored(-size, -files)
+            self._change(self._content(), stored=-size, files=-files)
 
     def _slots(self) -> Iterator[tuple[bytes, int]]:
         for lease, reserved in _SLOT.iter_unpack(self._content()[_SLOTS_AT:]):
@@ -163,18 +159,16 @@ class Ledger:
     def _write_slot(self, number: int, lease: bytes, reserved: int) -> None:
         self._write(_SLOT.pack(lease, reserved), _SLOTS_AT + number * _SLOT.size)
 
-    def _add_reserved(self, size: int) -> None:
-        at = _SLOTS_AT + self._slot * _SLOT.size
-        content = self._content()
-        if content is not _UNREADABLE:
-            lease, reserved = _SLOT.unpack_from(content, at)
-            self._write(_SLOT.pack(lease, reserved + size), at)
-
-    def _add_stored(self, size: int, files: int) -> None:
-        content = self._content()
-        if content is not _UNREADABLE:
-            _, stored, count, *_ = _HEADER.unpack_from(content)
-            self._write(struct.pack("<qq", max(0, stored + size), max(0, count + files)), len(_MAGIC))
+    def _change(self, content: bytes, *, stored: int = 0, files: int = 0, reserved: int = 0) -> None:
+        """Add to what `content` says, first to what is stored: a crash in between leaves too high a count."""
+        if content is _UNREADABLE:
+            return
+        if files:
+            _, size, count, *_ = _HEADER.unpack_from(content)
+            self._write(struct.pack("<qq", max(0, size + stored), max(0, count + files)), len(_MAGIC))
+        if reserved:
+            lease, before = _SLOT.unpack_from(content, _SLOTS_AT + self._slot * _SLOT.size)
+            self._write_slot(self._slot, lease, before + reserved)
 
     def _content(self) -> bytes:
         """All of it; _UNREADABLE for what is not what was written."""
@@ -183,6 +177,12 @@ class Ledger:
         except OSError:
             return _UNREADABLE
         return content if len(content) == _BYTES and content.startswith(_MAGIC) else _UNREADABLE
+
+    def _renew(self, content: bytes) -> None:
+        """Make it anew. Raises OSError."""
+        os.ftruncate(self._fd, 0)
+        if os.pwrite(self._fd, content, 0) != _BYTES:  # a limit of file sizes, say
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "ledger")
 
     def _write(self, data: bytes, at: int) -> None:
         with contextlib.suppress(OSError):  # a disk that does not take it cannot be believed later either

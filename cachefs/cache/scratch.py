@@ -202,18 +202,22 @@ def _open_own_directory(path: Path) -> int:
         else:
             reason = f"cannot be opened: {describe(error)}"
         raise CachefsError(f"scratch {path} {reason}", _CHOOSE) from None
-    status = os.fstat(fd)
-    problem = None
-    if status.st_uid != os.geteuid():
-        problem = f"is owned by uid {status.st_uid}, not {os.geteuid()}"
-    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        problem = f"is writable by others (mode {stat.S_IMODE(status.st_mode):04o})"
-    elif not os.access(path, os.W_OK | os.X_OK):
+    problem = _what_others_may(os.fstat(fd))
+    if problem is None and not os.access(path, os.W_OK | os.X_OK):
         problem = "is not writable"
     if problem:
         os.close(fd)
         raise CachefsError(f"scratch {path} {problem}", _CHOOSE)
     return fd
+
+
+def _what_others_may(status: os.stat_result) -> str | None:
+    """Why something is not this user's alone, None if it is."""
+    if status.st_uid != os.geteuid():
+        return f"is owned by uid {status.st_uid}, not {os.geteuid()}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):
+        return f"is writable by others (mode {stat.S_IMODE(status.st_mode):04o})"
+    return None
 
 
 def _owner(path: Path) -> int | None:
@@ -245,16 +249,12 @@ def _refuse_foreign(fd: int, path: Path) -> None:
             status = os.stat(name, dir_fd=fd, follow_symlinks=False)
         except FileNotFoundError:
             continue
-        problem = None
+        problem = _what_others_may(status)
         if name in DIRECTORIES and not stat.S_ISDIR(status.st_mode):
             problem = "is not a directory"
         elif name in FILES and name not in INDEX_FILES and not stat.S_ISREG(status.st_mode):
             problem = "is not a file"
-        elif status.st_uid != os.geteuid():
-            problem = f"is owned by uid {status.st_uid}, not {os.geteuid()}"
-        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):
-            problem = f"is writable by others (mode {stat.S_IMODE(status.st_mode):04o})"
-        elif stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        elif problem is None and stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
             problem = "has another name elsewhere"
         if problem:
             raise CachefsError(f"{name} in scratch {path} {problem}", _CHOOSE)

@@ -118,9 +118,7 @@ class Promotion:
         self._lease = lease
         self._timeout = source_timeout
         self._bound: dict[bytes, tuple[int, int]] = {}
-        self._built_mtimes: dict[
-            bytes, int
-        ] = {}  # of each directory of our tree, in ns: nothing changes there any more
+        self._built_mtimes: dict[bytes, int] = {}  # of the directories of our tree, in ns: they do not change any more
         self._unwatched: list[bytes] = []
         self._refused: dict[bytes, float] = {}  # paths that could not be bound → when to try again
         self._threads = trio.CapacityLimiter(1)
@@ -146,7 +144,7 @@ class Promotion:
         return {
             "promotion": "on" if self.reason_against is None else f"off: {self.reason_against}",
             "promoted_files": sum(self._bound[path][0] for path in paths),
-            "promoted_bytes": sum(self._bound[path][1] for path in paths),
+            "promoted_bytes": self._capacity.promoted_bytes,
             "promoted_directories": [os.fsdecode(path) or "." for path in sorted(paths)[:_REPORTED_PATHS]],
         }
 
@@ -248,7 +246,6 @@ class Promotion:
         if time.monotonic() > self._survey.resident_at + _FILES_SETTLE_SECONDS:
             for node, entry in self._survey.large_files():
                 await self._promote_file(node, entry)
-        self._capacity.promoted_bytes = sum(self._bound[path][1] for path in self._outermost())
 
     async def _try(self, node: Node) -> None:
         """Build the tree of a directory if it is complete."""
@@ -318,7 +315,7 @@ class Promotion:
             log.info("not promoted path=%r error=%r", path, describe(error))
             self._refused[path] = time.monotonic() + _RETRY_SECONDS
             return
-        self._bound[path] = files, size
+        self._set_bound({**self._bound, path: (files, size)})
         log.debug("promoted path=%r files=%d bytes=%d", path or b".", files, size)
 
     def _attach(self, path: bytes, inner: Sequence[bytes]) -> None:
@@ -371,7 +368,11 @@ class Promotion:
             for mount in read_mounts()
             if mount.tree == self._lease and _is_within(os.fsencode(mount.path), top)
         }
-        self._bound = {path: counts for path, counts in self._bound.items() if path in here}
+        self._set_bound({path: counts for path, counts in self._bound.items() if path in here})
+
+    def _set_bound(self, bound: dict[bytes, tuple[int, int]]) -> None:
+        self._bound = bound
+        self._capacity.promoted_bytes = sum(bound[path][1] for path in self._outermost())
 
 
 def _bind_read_only(source: int, target: int, reopen: Any) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from cachefs.cache.index import BUSY_SECONDS
 from tests.faults.conftest import assert_sound
-from tests.harness import verify, wait_until
+from tests.harness import scripted, verify, wait_until
 from tests.mount.observing import Watch, counters, opens
 
 
@@ -128,18 +126,6 @@ sys.stdin.read()
 """
 
 
-@contextmanager
-def locked(index: Path) -> Iterator[None]:
-    """By another process, for a block."""
-    command = [sys.executable, "-c", _LOCK, index]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "locked\n"
-            yield
-        finally:
-            process.kill()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_locked_index_holds_up_nobody(dataset, mounted, mountpoint, readers):
@@ -147,7 +133,7 @@ def test_a_locked_index_holds_up_nobody(dataset, mounted, mountpoint, readers):
     first = mounted(dataset.path, at=mountpoint)
     (mountpoint / "large").read_bytes()
     first.unmount()
-    with locked(first.scratch / "index.db"):
+    with scripted(_LOCK, first.scratch / "index.db", says="locked"):
         began = time.monotonic()
         second = mounted(dataset.path, at=mountpoint)
         second.expect_log("index")

@@ -17,7 +17,7 @@ from cachefs.errors import CachefsError
 from cachefs.mount.purge import purge
 from tests.commands.places import Place
 from tests.conftest import needs_root
-from tests.harness import mounts_below, run_cachefs, verify
+from tests.harness import mounts_below, run_cachefs, scripted, verify
 from tests.mount.observing import describe_tree
 from tests.unit.profile import FIXED
 
@@ -50,20 +50,14 @@ def test_a_race_for_scratch(ordinary_place: Place):
     place.write(victim / "thesis", "important")
     place.make("mountpoint")
     before = describe_tree(victim)
-    swapping = subprocess.Popen([sys.executable, "-c", _SWAP, shared, victim], stdout=subprocess.PIPE, text=True)
-    try:
-        assert swapping.stdout.readline() == "swapping\n"
-        outcomes = []
+    outcomes = []
+    with scripted(_SWAP, shared, victim, says="swapping"):
         for _ in range(12):
             done = place.run("mount", place.source, place.mountpoint, "--scratch", shared / "scratch")
             outcomes.append(done.returncode)
             assert "Traceback" not in done.stderr
             if done.returncode == 0:
                 assert place.run("umount", place.mountpoint).returncode == 0
-    finally:
-        swapping.kill()
-        swapping.wait()
-        swapping.stdout.close()
     assert describe_tree(victim) == before
     for entry in shared.iterdir():
         if not entry.is_symlink() and entry.stat().st_uid == NOBODY:

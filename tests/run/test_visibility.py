@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from tests.conftest import needs_root
-from tests.harness import mount_lines, mounts_everywhere
+from tests.harness import mount_lines, mounts_everywhere, scripted
 from tests.run.running import JobPlace, namespace_of
 
 
@@ -110,17 +108,6 @@ def meeting_point(keeper: psutil.Process) -> str:
     return name[1:]
 
 
-@contextmanager
-def held_by_nobody(name: str) -> Iterator[None]:
-    command = [sys.executable, "-c", _NOBODY_AT, "hold", name]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "bound\n"
-            yield
-        finally:
-            process.kill()
-
-
 @needs_root
 def test_another_user_where_the_runs_meet(own_place: JobPlace):
     """He learns nothing and gets no namespace; where he was first, a run says so and reads the source."""
@@ -131,7 +118,7 @@ def test_another_user_where_the_runs_meet(own_place: JobPlace):
     assert job.command.read(own_place.source / "one") == b"1" * 1000
     job.end()
     own_place.wait_for_the_end()
-    with held_by_nobody(name):
+    with scripted(_NOBODY_AT, "hold", name, says="bound"):
         done = own_place.cached("cat", own_place.source / "one")
     assert (done.returncode, done.stdout) == (0, "1" * 1000)
     assert "another user holds the name of this job's mounts" in done.stderr
