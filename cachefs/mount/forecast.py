@@ -13,12 +13,12 @@ from dataclasses import dataclass
 READERS = 4
 """Processes that read at the same time, as the loader of a training script does; all figures are for so many."""
 
-FETCH_SECONDS = 515e-6
+FETCH_SECONDS = 540e-6
 """What the daemon spends on a file that is fetched because somebody waits (benchmarks/results/small_files.json: "daemon
 CPU" of the first epoch, 4 processes, 0.2 ms, prefetch off, median, 2 cores). The daemon is one process, so that this
 does not shrink with more readers."""
 
-HIT_SECONDS = 272e-6
+HIT_SECONDS = 210e-6
 """What a file of 110 KB costs 4 readers through a warm mount that promotes nothing, the page cache dropped before (the
 same results: "time" of the later epoch, page cache dropped, no promotion, median)."""
 

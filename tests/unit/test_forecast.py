@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from benchmarks.results import Run
 from cachefs.mount.forecast import FETCH_SECONDS, HIT_SECONDS, Dataset, Pace, make_forecast
 
 GB = 10**9
@@ -57,3 +60,22 @@ def test_scratch_that_was_not_measured_is_left_out():
 def test_an_empty_dataset():
     forecast = make_forecast(Dataset(0, 0), GB, SLOW, **FAST_DISK)
     assert (forecast.direct, forecast.later, forecast.hit_rate, forecast.speed_up) == (0, 0, 1, 1)
+
+
+def test_what_a_file_costs_is_what_was_measured():
+    """The constants are those of the kept results."""
+    run = Run.read(Path(__file__).parents[2] / "benchmarks/results/small_files.json")
+
+    def measured(case: str, contender: str, quantity: str, **circumstances: float) -> float:
+        (found,) = [
+            result.median * 1e-6
+            for result in run.results
+            if (result.case, result.contender, result.quantity) == (case, contender, quantity)
+            and circumstances.items() <= result.circumstances.items()
+        ]
+        return found
+
+    fetch = measured("first epoch", "cachefs-prefetch-off", "daemon CPU", processes=4, latency_ms=0.2)
+    assert pytest.approx(fetch, rel=0.01) == FETCH_SECONDS
+    hit = measured("later epoch, page cache dropped", "cachefs-no-promotion", "time", processes=4)
+    assert pytest.approx(hit, rel=0.01) == HIT_SECONDS
