@@ -50,12 +50,19 @@ def ordinary_user() -> User | None:
     except KeyError:
         return None
     user = User(entry.pw_name, entry.pw_uid, entry.pw_gid)
+    return user if can_run_this(user) else None
+
+
+def can_run_this(user: User) -> bool:
+    """Whether it can run this interpreter, which another one's home may hide, and finds cachefs.
+
+    setpriv could not tell: it has root's capabilities until it has found the program.
+    """
     command = [sys.executable, "-c", "import cachefs"]
     try:
-        done = subprocess.run(command, cwd="/", capture_output=True, check=False, **user.identity)
+        return not subprocess.run(command, cwd="/", capture_output=True, check=False, **user.identity).returncode
     except PermissionError:
-        return None
-    return None if done.returncode else user
+        return False
 
 
 PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private", "sh", "-c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pwd
 import random
 import re
@@ -20,7 +21,7 @@ import psutil
 import pytest
 
 from cachefs.mount.mountinfo import FSTYPE
-from tests.commands.places import User, ordinary_user
+from tests.commands.places import User, can_run_this, ordinary_user
 from tests.harness import clean_environment, detach, mount_lines, mounts_below, wait_until
 from tests.jobs.read_all import digest
 
@@ -45,7 +46,6 @@ OWN_MOUNTS = (
 Else a mount would last as long as any namespace that another test makes while it is there: unmounting does not get
 there where the root is not a shared mount, as it is on machines that systemd boots.
 """
-_TEMPORARY_USER = "cachefs-job"
 
 
 class Dataset:
@@ -96,15 +96,15 @@ def job_user() -> Iterator[User]:
     if user is not None:
         yield user
         return
-    subprocess.run(["useradd", "--create-home", _TEMPORARY_USER], check=True, capture_output=True)
+    if not can_run_this(User("nobody", 65534, 65534)):
+        pytest.skip(f"no ordinary user can run {PYTHON}")
+    name = f"cachefs-job-{os.getpid()}"  # other test workers make theirs
+    subprocess.run(["useradd", "--create-home", name], check=True, capture_output=True)
     try:
-        entry = pwd.getpwnam(_TEMPORARY_USER)
-        user = User(entry.pw_name, entry.pw_uid, entry.pw_gid)
-        if subprocess.run([*user.become, PYTHON, "-c", "import cachefs"], cwd="/", check=False).returncode:
-            pytest.skip(f"no ordinary user can run {PYTHON}")
-        yield user
+        entry = pwd.getpwnam(name)
+        yield User(entry.pw_name, entry.pw_uid, entry.pw_gid)
     finally:
-        subprocess.run(["userdel", "--remove", _TEMPORARY_USER], check=False, capture_output=True)
+        subprocess.run(["userdel", "--remove", name], check=False, capture_output=True)
 
 
 @contextmanager
