@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -52,6 +53,25 @@ def scripted(script: str, *arguments: object, says: str) -> Iterator[None]:
             process.kill()
 
 
+def on_a_terminal(*arguments: object, env: dict[str, str]) -> tuple[bytes, str]:
+    """What a command that works shows on its terminal, which is stderr, and what it prints."""
+    ours, theirs = pty.openpty()
+    try:
+        environment = {**env, "TERM": "xterm", "COLUMNS": "100"}
+        command = [*CACHEFS, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, check=True)
+    finally:
+        os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    except OSError:
+        pass  # the terminal has no writer any more
+    os.close(ours)
+    return shown, done.stdout.decode()
+
+
 def verify(scratch: Path, *options: str) -> tuple[int, str]:
     """Exit status and words of `cachefs verify`."""
     done = run_cachefs("verify", "--scratch", scratch, *options, check=False)
@@ -74,6 +94,14 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0
 
 over_a_fuse_mount = pytest.mark.skipif(os.geteuid() != 0, reason="fusermount3 may not enter a user's own FUSE mount")
 """Of tests that mount over the slow source itself."""
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process runs: one that has ended, and that init has not taken note of for a second or two, does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class MountedCache:
@@ -129,7 +157,7 @@ class MountedCache:
         done = run_cachefs("umount", self.path, *options)
         log = self._read_log() or log
         assert not self.is_mounted(), f"{self.path} is still mounted"
-        wait_until(lambda: not any(p.is_running() for p in everything), "the processes of the mount end")
+        wait_until(lambda: not any(map(lives, everything)), "the processes of the mount end")
         unexpected = [
             line
             for line in log.splitlines()
@@ -145,7 +173,7 @@ class MountedCache:
         """SIGKILL the daemon, as a crash would, and wait until its workers have gone too."""
         everything = self._processes()
         os.kill(self.pid, signal.SIGKILL)
-        wait_until(lambda: not any(p.is_running() for p in everything), "the processes of the mount end")
+        wait_until(lambda: not any(map(lives, everything)), "the processes of the mount end")
 
     def end(self) -> None:
         """Whatever happened: leave no mount and no process."""

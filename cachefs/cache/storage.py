@@ -19,7 +19,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cachefs.cache.beneath import open_beneath
 from cachefs.errors import ChangedCopyError, StorageError
@@ -83,21 +83,38 @@ class Storage:
             with storage_errors(name), self._folder(name, boot) as folder:
                 self._into_current(folder, name)
 
-    def link(self, name: bytes, directory: int, new_name: bytes, size: int, mtime_ns: int) -> int | None:
-        """Give a complete file a second name. Its locked descriptor, or None if there is no such file."""
-        try:
-            fd = self.open_unchanged(name, size, mtime_ns)
-        except ChangedCopyError:  # whoever opens it next has it mended
-            return None
-        if fd is None:
-            return None
-        try:  # whoever removes it needs the lock, so it is still the same file
-            with self._folder(name) as folder:
-                os.link(_text(name), new_name, src_dir_fd=folder, dst_dir_fd=directory, follow_symlinks=False)
-        except OSError as error:
-            os.close(fd)
-            raise _storage_error(error, name) from error
-        return fd
+    def link(
+        self,
+        name: bytes,
+        directory: int,
+        new_name: bytes,
+        size: int,
+        mtime_ns: int,
+        on_folder: Callable[[int], None] = lambda _: None,
+    ) -> int | None:
+        """Give a complete file a second name. Its locked descriptor, or None if there is no such file.
+
+        `on_folder` is called with a descriptor of the directory that it is in, before the file is looked at.
+        """
+        with storage_errors(name):
+            try:
+                folder = open_beneath(f"{self.boot}/{_text(name)[:2]}", _FOLDER, self._files)
+            except FileNotFoundError:
+                return None
+            with _opened(folder):
+                on_folder(folder)
+                try:
+                    fd = self.open_unchanged(name, size, mtime_ns)
+                except ChangedCopyError:  # whoever opens it next has it mended
+                    return None
+                if fd is None:
+                    return None
+                try:  # whoever removes it needs the lock, so it is still the same file
+                    os.link(_text(name), new_name, src_dir_fd=folder, dst_dir_fd=directory, follow_symlinks=False)
+                except OSError:
+                    os.close(fd)
+                    raise
+                return fd
 
     def remove(self, name: bytes, boot: str | None = None, *, is_alone: bool = False) -> int:
         """Remove a complete file unless it is in use: open, or in a tree. The bytes that this freed, or IN_USE or GONE.

@@ -21,6 +21,7 @@ from contextlib import suppress
 from itertools import islice
 
 from cachefs.cache.storage import Storage
+from cachefs.cache.write_watch import WriteWatch
 from cachefs.errors import SourceChangedError, SourceError, StorageError
 from cachefs.source.attributes import Attributes, version_of
 from cachefs.source.tree import SourceTree
@@ -118,9 +119,17 @@ def _some_names(fd: int) -> list[str]:
 
 
 class TreeHandlers:
-    """The jobs of one worker process. `source` and `storage` are what trees are made from."""
+    """The jobs of one worker process. Trees are made from `source` and `storage`; `watch` tells of writes to them."""
 
-    def __init__(self, source: SourceTree, storage: Storage, trees: Trees, mount_of: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        source: SourceTree,
+        storage: Storage,
+        trees: Trees,
+        mount_of: Callable[[int], int],
+        watch: WriteWatch,
+    ) -> None:
+        self._watch = watch
         self._source = source
         self._storage = storage
         self._trees = trees
@@ -155,6 +164,7 @@ class TreeHandlers:
         failed: list[tuple[bytes, str]] = []
         fd = self._trees.make(lease, path)
         try:
+            self._watch.add(fd)
             for name, stored, packed in entries:
                 attributes = Attributes.unpack(packed)
                 if stat.S_ISLNK(attributes.mode):
@@ -170,7 +180,8 @@ class TreeHandlers:
     def _plant_file(self, directory: int, name: bytes, stored: bytes, attributes: Attributes) -> str:
         if stored:
             try:
-                fd = self._storage.link(stored, directory, name, attributes.size, attributes.mtime_ns)
+                size, mtime_ns = attributes.size, attributes.mtime_ns
+                fd = self._storage.link(stored, directory, name, size, mtime_ns, self._watch.add)
             except StorageError as error:
                 if error.errno == errno.EMLINK:
                     return REFUSED

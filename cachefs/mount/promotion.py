@@ -31,6 +31,7 @@ from cachefs.cache.capacity import CapacityKeeper
 from cachefs.cache.residency import Residency
 from cachefs.cache.storage import Storage, is_same_time
 from cachefs.cache.trees import MISSING, Entry, Trees
+from cachefs.cache.write_watch import WriteWatch
 from cachefs.config import Settings
 from cachefs.errors import describe
 from cachefs.fs.filesystem import FileSystem
@@ -104,6 +105,7 @@ class Promotion:
         residency: Residency,
         storage: Storage,
         trees: Trees,
+        watch: WriteWatch,
         capacity: CapacityKeeper,
         pool: WorkerPool,
         lease: str,
@@ -113,6 +115,7 @@ class Promotion:
         self._mountpoint = settings.mountpoint
         self._residency = residency
         self._trees = trees
+        self._writes = watch
         self._capacity = capacity
         self._pool = pool
         self._lease = lease
@@ -165,12 +168,22 @@ class Promotion:
         await self._residency.loaded.wait()
         with trio.CancelScope() as promoting:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch, promoting)
+                nursery.start_soon(self._watch_trees, promoting)
+                if self._writes.fd >= 0:
+                    nursery.start_soon(self._watch_writes, promoting)
                 while True:
                     await self._wait()
                     await self._promote()
 
-    async def _watch(self, promoting: trio.CancelScope) -> None:
+    async def _watch_writes(self, promoting: trio.CancelScope) -> None:
+        """See that nobody writes to what is shown; else withdraw: what is opened from then on is looked at by us."""
+        written = None
+        while written is None:
+            await trio.lowlevel.wait_readable(self._writes.fd)
+            written = self._writes.take()
+        await self._take_back(promoting, written)
+
+    async def _watch_trees(self, promoting: trio.CancelScope) -> None:
         """See that nobody takes our trees apart, as one who cleans up temporary directories does; else withdraw."""
         while True:
             await trio.sleep(_WATCH_SECONDS)
@@ -178,12 +191,14 @@ class Promotion:
                 continue
             changed = await trio.to_thread.run_sync(self._find_changed, self._next_watched(), abandon_on_cancel=True)
             if changed is not None:
-                log.warning("promoted directories are taken back, because scratch was changed path=%r", changed or b".")
-                self.reason_against = "scratch was changed by somebody else"
-                promoting.cancel()
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._withdraw, [*self._bound], limiter=self._threads)
-                return
+                return await self._take_back(promoting, changed or b".")
+
+    async def _take_back(self, promoting: trio.CancelScope, changed: bytes) -> None:
+        log.warning("promoted directories are taken back, because scratch was changed path=%r", changed)
+        self.reason_against = "scratch was changed by somebody else"
+        promoting.cancel()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._withdraw, [*self._bound], limiter=self._threads)
 
     def _next_watched(self) -> list[tuple[bytes, int | None]]:
         """What is bound, and the next directories within, each with its mtime (files without)."""

@@ -34,13 +34,14 @@ from cachefs.cache.residency import Residency
 from cachefs.cache.scratch import Scratch
 from cachefs.cache.storage import Storage
 from cachefs.cache.trees import TreeHandlers, Trees
+from cachefs.cache.write_watch import WriteWatch
 from cachefs.config import Settings
 from cachefs.errors import CachefsError, describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.operations import Operations
 from cachefs.fs.read_through import ReadThrough
 from cachefs.metrics import Metrics
-from cachefs.mount.control import serve_control
+from cachefs.mount.control import Send, serve_control
 from cachefs.mount.fuse_session import mounted_session
 from cachefs.mount.leases import boot_id
 from cachefs.mount.membership import Membership
@@ -84,6 +85,7 @@ class Grounds:
     scratch: Scratch
     storage: Storage
     trees: Trees
+    watch: WriteWatch
     fork_server: ForkServer
     dataset: bytes
 
@@ -98,26 +100,26 @@ def open_source(settings: Settings) -> int:
 
 def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch) -> Grounds:
     """Fork the fork server, which takes the source over. The process must have one thread."""
-    storage, trees = Storage(scratch.fd, boot_id()), Trees(scratch.fd)
+    storage, trees, watch = Storage(scratch.fd, boot_id()), Trees(scratch.fd), WriteWatch()
     lifetime = _directory_lifetime(settings)
     index_path = scratch.path / "index.db"
 
     def work(sock: Any) -> None:
-        tree = SourceTree(source_fd, lifetime)
+        tree = SourceTree(source_fd, lifetime, for_others=settings.allow_other)
         serve_jobs(
             sock,
             {
                 **SourceHandlers(tree).table(),
                 **CopyHandlers(tree, storage).table(),
-                **TreeHandlers(tree, storage, trees, mount_id_of).table(),
+                **TreeHandlers(tree, storage, trees, mount_id_of, watch).table(),
                 **IndexHandlers(index_path, storage).table(),
             },
         )
 
-    fork_server = ForkServer.start(work, keep_fds=[source_fd, trees.fd, *storage.fds])
+    fork_server = ForkServer.start(work, keep_fds=[source_fd, trees.fd, watch.fd, *storage.fds])
     os.close(source_fd)  # the workers have it; the event loop never touches the source itself
     dataset = hashlib.blake2b(os.fsencode(settings.source), digest_size=16).digest()
-    return Grounds(settings, scratch, storage, trees, fork_server, dataset)
+    return Grounds(settings, scratch, storage, trees, watch, fork_server, dataset)
 
 
 def serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: KeepInformed | None = None) -> None:
@@ -187,6 +189,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
             residency,
             grounds.storage,
             grounds.trees,
+            grounds.watch,
             keeper,
             pools["fetch"],
             membership.record.id,
@@ -227,7 +230,12 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
                 "log": str(settings.scratch / "logs" / f"{os.getpid()}.log"),
             }
 
-        streams = {"warm": Warming(read_through).answer}
+        async def flush(_: Mapping[str, Any], send: Send) -> None:
+            """For whoever compares the index with what is there."""
+            await residency.flush()
+            await send({"flushed": True})
+
+        streams = {"warm": Warming(read_through).answer, "flush": flush}
         await nursery.start(serve_control, grounds.scratch, membership.record.id, {"status": status}, streams)
         stack.callback(filesystem.close)
         # from before mounting until after unmounting, a signal must not end the process: the mount would stay, dead

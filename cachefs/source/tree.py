@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
-from cachefs.source.attributes import pack_stat
+from cachefs.source.acl import read_acl, restricted_mode
+from cachefs.source.attributes import Attributes, pack_stat
 
 _OPEN_DIRECTORIES = 64
 _PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC  # needs no permission to list the directory
@@ -34,8 +35,10 @@ Entry = tuple[bytes, int, int]
 class SourceTree:
     """Access to the source below `root_fd` (which is not closed here)."""
 
-    def __init__(self, root_fd: int, directory_lifetime: float) -> None:
+    def __init__(self, root_fd: int, directory_lifetime: float, *, for_others: bool = False) -> None:
+        """`for_others`: modes are shown to other users, and must not grant them more than access control lists do."""
         self._root_fd = root_fd
+        self._for_others = for_others
         self._lifetime = directory_lifetime
         self._directories: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
         self._is_slow = False
@@ -43,9 +46,18 @@ class SourceTree:
     def stat(self, path: bytes) -> bytes:
         """Packed attributes of the entry itself (links are not followed). `path` is relative; b"" is the root."""
         if not path:
-            return pack_stat(os.stat(self._root_fd))
+            return self._stat(b".", self._root_fd)
         directory, name = self._parent(path)
-        return pack_stat(os.stat(name, dir_fd=directory, follow_symlinks=False))
+        return self._stat(name, directory)
+
+    def _stat(self, name: bytes, directory: int) -> bytes:
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        packed = pack_stat(status)
+        if self._for_others and not stat.S_ISLNK(status.st_mode):
+            acl = read_acl(b"/proc/self/fd/%d/%s" % (directory, name))
+            if acl:
+                return Attributes.unpack(packed)._replace(mode=restricted_mode(status.st_mode, acl)).pack()
+        return packed
 
     def readlink(self, path: bytes) -> bytes:
         directory, name = self._parent(path)
@@ -103,7 +115,7 @@ class SourceTree:
 
         def stat_one(name: bytes) -> tuple[bytes, bytes | int]:
             try:
-                return name, pack_stat(os.stat(name, dir_fd=directory, follow_symlinks=False))
+                return name, self._stat(name, directory)
             except OSError as error:
                 return name, error.errno or errno.EIO
 

@@ -5,16 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import needs_root
-from tests.harness import run_cachefs
-from tests.mount.observing import errno_of
+from tests.harness import run_cachefs, wait_until
+from tests.mount.observing import counters, errno_of
 
 NOBODY = 65534
+
+
+def acl(user_obj, nobody, group_obj, mask, other):
+    """A POSIX ACL in which one user is named, as linux/posix_acl_xattr.h has it."""
+    entries = (1, user_obj, -1), (2, nobody, NOBODY), (4, group_obj, -1), (16, mask, -1), (32, other, -1)
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+
+
+DENIES_NOBODY, GRANTS_NOBODY = acl(6, 0, 4, 4, 4), acl(6, 4, 0, 4, 0)
 _AS_NOBODY = """
 import errno, os, sys
 os.setgroups([])
@@ -70,6 +80,26 @@ def test_with_allow_other_the_kernel_enforces_the_modes(tree, mounted, mountpoin
         assert (mountpoint / "closed/file").read_bytes() == b"content"
     assert stat.S_IMODE(cache.scratch.stat().st_mode) == 0o700
     assert as_nobody(cache.scratch) == ["EACCES"]
+
+
+@needs_root
+@pytest.mark.parametrize("is_promoted", [False, True])
+def test_an_access_control_list_is_not_exceeded(tree, mounted, mountpoint, is_promoted):
+    """Who may not read a file of the source may not through the mount, whatever its mode says."""
+    mountpoint.chmod(0o755)
+    for name, acl in {"public": DENIES_NOBODY, "private": GRANTS_NOBODY}.items():
+        os.setxattr(tree / name, "system.posix_acl_access", acl)
+    assert as_nobody(tree / "public", tree / "private") == ["EACCES", "7"]
+    cache = mounted(tree, "--allow-other", at=mountpoint, env={"CACHEFS_NO_PROMOTE": "0" if is_promoted else "1"})
+    paths = [mountpoint / name for name in ("public", "private", "closed", "closed/file")]
+    for path in (paths[0], paths[1], paths[3]):
+        assert path.read_bytes() == b"content"
+    if is_promoted:
+        os.listdir(mountpoint / "closed")
+        os.listdir(mountpoint)
+        wait_until(lambda: counters(cache)["promoted_files"] == 3, "all is promoted")
+    assert as_nobody(*paths) == ["EACCES"] * 4  # a list that gives more than the mode does is not followed
+    cache.unmount()
 
 
 @needs_root

@@ -15,7 +15,7 @@ import pytest
 
 from cachefs.mount.mountinfo import read_mounts
 from tests.conftest import needs_root
-from tests.harness import detach, mounts_below, run_cachefs, wait_until
+from tests.harness import detach, lives, mounts_below, run_cachefs, wait_until
 from tests.mount.observing import counters, digest, errno_of, opens, stored_files
 from tests.mount.test_access import as_nobody
 
@@ -178,6 +178,36 @@ def test_over_its_own_source(source, promoting):
     assert_served_without_us(cache, source)
     cache.unmount()
     assert describe(source) == want
+
+
+@needs_root
+@pytest.mark.parametrize("how", ["flip", "truncate"])
+@pytest.mark.parametrize("where", ["files", "trees"])
+def test_a_promoted_copy_is_written_to(where, how, source, mounted, mountpoint):
+    """What is promoted is taken back, and the file fetched again."""
+    content = {f"{number % 3}/{number}": b"%d" % number * 1000 for number in range(10)}
+    for name, data in content.items():
+        write(source / name, data)
+    cache = mounted(source, at=mountpoint, env=PROMOTING)
+    read_all(mountpoint)
+    wait_until(lambda: counters(cache)["promoted_files"] == len(content), "all is promoted")
+    cache.must_log("promoted directories are taken back, because scratch was changed")
+    cache.must_log("changed copy checked")
+    cache.must_log("damaged copy dropped")
+    shown = next((cache.scratch / "trees").rglob("9"))
+    copy = next(path for path in cache.resident_data_files() if path.samefile(shown))
+    with open(shown if where == "trees" else copy, "r+b") as file:
+        if how == "truncate":
+            file.truncate(10)
+        else:
+            file.write(b"8")
+    wait_until(
+        lambda: not any(mount.tree for mount in read_mounts() if mount.path.is_relative_to(mountpoint)), "it does"
+    )
+    for name, data in content.items():
+        assert (mountpoint / name).read_bytes() == data
+    assert counters(cache)["promotion"] == "off: scratch was changed by somebody else"
+    cache.unmount()
 
 
 @needs_root
@@ -421,7 +451,7 @@ def test_a_promoted_directory_that_is_in_use_is_busy(source, promoting, mountpoi
         assert mounts_below(mountpoint) == []
     finally:
         let_go(holder)
-    wait_until(lambda: not any(p.is_running() for p in cache.processes), "the daemon ends")
+    wait_until(lambda: not any(map(lives, cache.processes)), "the daemon ends")
 
 
 def test_a_mount_is_unmounted_while_it_promotes(source, promoting, mountpoint):
@@ -445,7 +475,7 @@ def test_sigterm_takes_all_away(source, promoting, mountpoint):
     wait_for(cache, "a", "b", "c/d")
     with open(mountpoint / "a/1", "rb"):
         os.kill(cache.pid, signal.SIGTERM)
-        wait_until(lambda: not any(p.is_running() for p in cache.processes), "the daemon ends")
+        wait_until(lambda: not any(map(lives, cache.processes)), "the daemon ends")
     assert mounts_below(mountpoint) == []
     assert trees(cache) == []
 

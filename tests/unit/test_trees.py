@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cachefs.cache.scratch import DIRECTORIES
 from cachefs.cache.storage import Storage
 from cachefs.cache.trees import MISSING, TreeHandlers, Trees, fell
+from cachefs.cache.write_watch import WriteWatch
 from cachefs.mount.mountinfo import Mount, mount_id_of
 from cachefs.mount.promotion import may_be_shown
 from cachefs.source.attributes import Attributes, pack_stat
@@ -35,7 +36,8 @@ class Place:
         fd = os.open(self.scratch, os.O_RDONLY)
         self.storage, self.trees = Storage(fd, BOOT), Trees(fd)
         source = SourceTree(os.open(self.source, os.O_RDONLY), 0.0)
-        self._jobs = TreeHandlers(source, self.storage, self.trees, mount_id_of).table()
+        self.watch = WriteWatch()
+        self._jobs = TreeHandlers(source, self.storage, self.trees, mount_id_of, self.watch).table()
 
     def store(self, name, content):
         fd = self.storage.stage(name)
