@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -92,37 +92,69 @@ def create_tables(db: sqlite_utils.Database) -> None:
     files.create_index(["dataset", "last_used"])
 
 
-def read_index(path: Path) -> dict[bytes, Recorded]:
-    """What the index at `path` says of every file, by name; nothing without an index. It is not changed.
+class IndexReader:
+    """The index at `path` for who only looks at it, while mounts write to it; nothing, without a path or an index.
 
     Raises IndexDamagedError, and StorageError for one that cannot be read.
     """
-    if _is_linked(path):
-        raise IndexDamagedError(errno.ELOOP, "it is a symbolic link", "index.db")
-    if not path.exists():
-        return {}
-    uri = f"file:{quote(os.fspath(path))}?mode=ro"
-    with _index_errors(), closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as connection:
-        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise sqlite3.DatabaseError(found)
-        if _columns(connection, "files") != _COLUMNS:
-            raise sqlite3.DatabaseError(_OF_ANOTHER_VERSION)
-        (unsound,) = connection.execute(f"SELECT count(*) FROM files WHERE NOT ({_IS_SOUND})").fetchone()
-        if unsound:
-            raise sqlite3.DatabaseError(f"{unsound} rows cannot be what was written")
-        rows = connection.execute(
-            "SELECT name, size, ifnull(checksum, x''), boot, ifnull(path, x''),"
-            " iif(typeof(source) = 'blob', source, x'') FROM files LEFT JOIN datasets ON dataset = id"
-        )
-        return {
-            name: Recorded(size, checksum, boot, os.path.join(source, path) if source else path)
+
+    def __init__(self, path: Path | None) -> None:
+        self._connection: sqlite3.Connection | None = None
+        if path is not None and _is_linked(path):
+            raise IndexDamagedError(errno.ELOOP, "it is a symbolic link", "index.db")
+        if path is None or not path.exists():
+            return
+        uri = f"file:{quote(os.fspath(path))}?mode=ro"
+        with _index_errors(), ExitStack() as failing:
+            connection = failing.enter_context(closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)))
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+            if _columns(connection, "files") != _COLUMNS:
+                raise sqlite3.DatabaseError(_OF_ANOTHER_VERSION)
+            (unsound,) = connection.execute(f"SELECT count(*) FROM files WHERE NOT ({_IS_SOUND})").fetchone()
+            if unsound:
+                raise sqlite3.DatabaseError(f"{unsound} rows cannot be what was written")
+            failing.pop_all()
+            self._connection = connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def of(self, names: Sequence[bytes]) -> dict[bytes, Recorded]:
+        """What is recorded of those of `names` that are known."""
+        found: dict[bytes, Recorded] = {}
+        for start in range(0, len(names), _ROWS_A_MESSAGE):
+            part = names[start : start + _ROWS_A_MESSAGE]
+            found.update(self._select(f"name IN ({','.join('?' * len(part))})", *part))
+        return found
+
+    def __iter__(self) -> Iterator[tuple[bytes, Recorded]]:
+        """All that is recorded, by name. No transaction is held on to: the index would grow with each of a mount's."""
+        last = b""
+        while rows := self._select("name > ? ORDER BY name LIMIT ?", last, _ROWS_A_MESSAGE):
+            yield from rows
+            last = rows[-1][0]
+
+    def _select(self, where: str, *values: object) -> list[tuple[bytes, Recorded]]:
+        if self._connection is None:
+            return []
+        with _index_errors():
+            rows = self._connection.execute(
+                "SELECT name, size, ifnull(checksum, x''), boot, ifnull(path, x''),"
+                " iif(typeof(source) = 'blob', source, x'')"
+                f" FROM files LEFT JOIN datasets ON dataset = id WHERE {where}",
+                values,
+            ).fetchall()
+        return [
+            (name, Recorded(size, checksum, boot, os.path.join(source, path) if source else path))
             for name, size, checksum, boot, path, source in rows
-        }
+        ]
 
 
 def forget_files(path: Path, names: Sequence[bytes]) -> None:
-    """Take files out of the index at `path`, if there is one. Raises as read_index does."""
+    """Take files out of the index at `path`, if there is one. Raises as IndexReader does."""
     if path.exists():
         with _index_errors(), closing(Index(path)) as index:
             index.forget(names)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from threading import Event
 
 from cachefs.cache.copying import checksum_of
-from cachefs.cache.index import Recorded
+from cachefs.cache.index import IndexReader, Recorded
 from cachefs.cache.storage import Storage
 from cachefs.errors import StorageError, describe
 
@@ -56,11 +56,11 @@ Found = tuple[bytes, str, int | None]
 
 
 class Verification:
-    """Compares `storage` with what is `recorded` of it, by name."""
+    """Compares `storage` with what the `index` says of it. Of a dataset of any size a few batches are in memory."""
 
-    def __init__(self, storage: Storage, recorded: Mapping[bytes, Recorded]) -> None:
+    def __init__(self, storage: Storage, index: IndexReader) -> None:
         self._storage = storage
-        self._recorded = recorded
+        self._index = index
         self._stopped = Event()
         self._faulty: set[bytes] = set()
         self.checked = Checked()
@@ -70,10 +70,16 @@ class Verification:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
             try:
                 batches = _batches(self._storage.scan_all())
-                waiting = [pool.submit(self._check_all, batch) for batch in islice(batches, 2 * _THREADS)]
+
+                def submit(most: int) -> list[Future[tuple[list[Fault], Checked]]]:
+                    return [
+                        pool.submit(self._check_all, batch, self._recorded(batch)) for batch in islice(batches, most)
+                    ]
+
+                waiting = submit(2 * _THREADS)
                 while waiting:
                     faults, checked = waiting.pop(0).result()
-                    waiting += [pool.submit(self._check_all, batch) for batch in islice(batches, 1)]
+                    waiting += submit(1)
                     self.checked.files += checked.files
                     self.checked.bytes += checked.bytes
                     self.checked.unchecked += checked.unchecked
@@ -85,22 +91,26 @@ class Verification:
     def missing(self) -> list[Fault]:
         """What is recorded and not there."""
         return [
-            self._fault(name, record.boot, None, MISSING)
-            for name, record in self._recorded.items()
+            _fault(name, record.boot, None, MISSING, record)
+            for name, record in self._index
             if name not in self._faulty and not (self._storage.has(name, record.boot) or self._storage.has(name))
         ]
 
-    def _check_all(self, files: list[Found]) -> tuple[list[Fault], Checked]:
+    def _recorded(self, files: list[Found]) -> dict[bytes, Recorded]:
+        return self._index.of([name for name, _, _ in files])
+
+    def _check_all(self, files: list[Found], recorded: Mapping[bytes, Recorded]) -> tuple[list[Fault], Checked]:
         faults, checked = [], Checked()
         for name, boot, size in files:
             if self._stopped.is_set():
                 break
-            record = self._recorded.get(name)
+            record = known = recorded.get(name)
             if record is not None and record.boot != boot and boot != self._storage.boot:
                 record = None  # left over: another copy has taken its place
             what = STRANGE if size is None else self._check(name, boot, size, record)
             if what is not None:
-                faults.append(self._fault(name, boot, size, what))
+                self._faulty.add(name)
+                faults.append(_fault(name, boot, size, what, known))
             if size is None:
                 continue
             checked.files += 1
@@ -130,12 +140,11 @@ class Verification:
         finally:
             os.close(fd)
 
-    def _fault(self, name: bytes, boot: str, size: int | None, what: str) -> Fault:
-        self._faulty.add(name)
-        record = self._recorded.get(name)
-        if record is None:
-            return Fault(name, boot, size, f"files/{boot}/{name.hex()[:2]}/{name.hex()}".encode(), what)
-        return Fault(name, boot, min(record.size, size or 0), record.path, what)
+
+def _fault(name: bytes, boot: str, size: int | None, what: str, record: Recorded | None) -> Fault:
+    if record is None:
+        return Fault(name, boot, size, f"files/{boot}/{name.hex()[:2]}/{name.hex()}".encode(), what)
+    return Fault(name, boot, min(record.size, size or 0), record.path, what)
 
 
 def _batches(files: Iterable[Found]) -> Iterator[list[Found]]:

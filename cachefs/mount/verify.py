@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cachefs.cache.index import IndexDamagedError, Recorded, forget_files, read_index, remove_index
+from cachefs.cache.index import IndexDamagedError, IndexReader, forget_files, remove_index
 from cachefs.cache.ledger import Ledger
 from cachefs.cache.residency import FLUSH_SECONDS
 from cachefs.cache.scratch import Scratch, open_scratch, scratch_lock
@@ -22,10 +23,12 @@ from cachefs.cache.storage import Storage
 from cachefs.cache.trees import Trees, fell
 from cachefs.cache.verification import MISSING, Checked, Fault, Verification
 from cachefs.errors import CachefsError, describe
+from cachefs.mount.control_client import ask
 from cachefs.mount.leases import boot_id, live_leases
 from cachefs.mount.mountinfo import mount_id_of, read_mounts
 
 _NOBODY = "verify"
+_LOOKS = 4
 
 
 @dataclass
@@ -80,11 +83,13 @@ class _Verify:
     def run(self) -> Verified:
         try:
             stored_bytes, stored_files = self._ledger.stored()
-            verification = Verification(self._storage, self._read_index())
-            for fault in verification.run(lambda checked: self._on_progress(checked, stored_files, stored_bytes)):
-                self._note_file(fault)
-            self._verified.checked = verification.checked
-            for fault in self._still_missing(verification.missing()):
+            with closing(self._open_index()) as index:
+                verification = Verification(self._storage, index)
+                for fault in verification.run(lambda checked: self._on_progress(checked, stored_files, stored_bytes)):
+                    self._note_file(fault)
+                self._verified.checked = verification.checked
+                missing = verification.missing()
+            for fault in self._still_missing(missing):
                 self._note_file(fault)
             if self._repair and self._gone:
                 forget_files(self._index, self._gone)
@@ -95,20 +100,31 @@ class _Verify:
                 os.close(fd)
         return self._verified
 
-    def _read_index(self) -> dict[bytes, Recorded]:
+    def _open_index(self) -> IndexReader:
         try:
-            return read_index(self._index)
+            return IndexReader(self._index)
         except IndexDamagedError as error:
             self._note(f"index.db: it is damaged ({error.strerror}); no copy can be checked", is_mended=self._repair)
             if self._repair:
                 remove_index(self._index)
-            return {}
+            return IndexReader(None)
 
     def _still_missing(self, missing: list[Fault]) -> list[Fault]:
-        """Those that the index still knows when all mounts have written what they know."""
-        if missing and live_leases(self._scratch):
-            time.sleep(2 * FLUSH_SECONDS)
-            now = self._read_index()
+        """Those that the index knows each time when all mounts have written what they know.
+
+        One look is not enough: a file that is evicted right after that is not there, and the index knows it still.
+        """
+        for _ in range(_LOOKS):
+            live = live_leases(self._scratch)
+            if not missing or not live:
+                break
+            for record in live:
+                try:
+                    ask(self._scratch, record.id, "flush")
+                except CachefsError:  # it is ending, or hangs
+                    time.sleep(2 * FLUSH_SECONDS)
+            with closing(self._open_index()) as index:
+                now = index.of([fault.name for fault in missing])
             missing = [fault for fault in missing if fault.name in now and not self._storage.has(fault.name)]
         return missing
 

@@ -13,10 +13,25 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import needs_root
-from tests.harness import MountedCache, detach, run_cachefs, verify, wait_until
+from tests.harness import (
+    MountedCache,
+    clean_environment,
+    detach,
+    on_a_terminal,
+    run_cachefs,
+    scripted,
+    verify,
+    wait_until,
+)
 from tests.mount.observing import counters, stored_bytes
 from tests.mount.test_recovery import reboot
 
+READ_ALL_THE_TIME = """
+import os, random, sys
+print("reading", flush=True)
+while True:
+    open(os.path.join(sys.argv[1], random.choice(os.listdir(sys.argv[1]))), "rb").read()
+"""
 SIZE = 50_000
 FILES = 12
 
@@ -81,6 +96,29 @@ def test_all_is_well(filled: MountedCache):
         0,
         f"{filled.scratch}: {FILES} files, {FILES * SIZE / 1024:.1f} KiB checked: all is well\n",
     )
+
+
+def test_a_bar_on_a_terminal(filled: MountedCache):
+    """It says how many files and bytes, and the time that is left."""
+    shown, printed = on_a_terminal("verify", "--scratch", filled.scratch, env=clean_environment())
+    for words in (f"{FILES} of {FILES} files", "KiB", "0:00:00"):
+        assert words.encode() in shown
+    assert "all is well" in printed
+
+
+def test_while_it_fetches_and_evicts(source: Path, mounted, mountpoint: Path):
+    """Files come and go all the time; that is no fault."""
+    for number in range(FILES):
+        (source / f"{number}").write_bytes(random.Random(number).randbytes(SIZE))
+    cache = mounted(source, "--policy", "lru", "--capacity", str(FILES * SIZE // 2), at=mountpoint)
+    with scripted(READ_ALL_THE_TIME, mountpoint, says="reading"):
+        for _ in range(5):
+            before = counters(cache)["evictions"]
+            status, said = verify(cache.scratch)
+            assert status == 0, said
+            wait_until(lambda before=before: counters(cache)["evictions"] > before, "it evicts")
+    cache.unmount()
+    assert verify(cache.scratch)[0] == 0
 
 
 @pytest.mark.parametrize("is_live", [False, True], ids=["unmounted", "live"])
@@ -201,6 +239,7 @@ def test_a_copy_that_is_promoted(source: Path, mounted, mountpoint: Path):
     names = "SELECT count(*) FROM files WHERE checksum IS NOT NULL"
     with closing(sqlite3.connect(cache.scratch / "index.db")) as connection:
         wait_until(lambda: connection.execute(names).fetchone() == (FILES,), "all is recorded")
+    cache.must_log("promoted directories are taken back, because scratch was changed")
     flip_keeping_times(copies(cache)[0])
     for _ in range(2):
         status, said = verify(cache.scratch, "--repair")

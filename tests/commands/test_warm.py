@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ import pytest
 
 from cachefs.demo.slow_source import SlowSource
 from tests.commands.places import Place
-from tests.harness import CACHEFS, wait_until
+from tests.harness import on_a_terminal, wait_until
 
 FILES = 30
 
@@ -119,25 +117,6 @@ def test_interrupted_and_gone_on_with(own_place: Place):
 
 def test_a_bar_on_a_terminal(own_place: Place):
     with mounted_slow(own_place, 0.02):
-        shown, printed = on_a_terminal(own_place, "warm", own_place.mountpoint)
+        shown, printed = on_a_terminal("warm", own_place.mountpoint, env=own_place.environ())
     assert printed.startswith(f"{own_place.mountpoint}: {FILES + 2} files resident")
     assert f"of {FILES + 2} files".encode() in shown
-
-
-def on_a_terminal(place: Place, *arguments: object) -> tuple[bytes, str]:
-    """What a command shows on its terminal, which is stderr, and what it prints."""
-    ours, theirs = pty.openpty()
-    try:
-        environment = place.environ({"TERM": "xterm", "COLUMNS": "100"})
-        command = [*CACHEFS, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, check=True)
-    finally:
-        os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 1 << 16):
-            shown += part
-    except OSError:
-        pass  # the terminal has no writer any more
-    os.close(ours)
-    return shown, done.stdout.decode()
