@@ -123,14 +123,27 @@ class Crowd:
             sending.close()
             self._pipes.append(receiving)
 
+    def pause(self) -> None:
+        """Stop them, each once the system call is over that it is in."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
     def terminate(self) -> None:
         for process in self._processes:
             process.terminate()
 
     def join(self) -> Seen:
-        """What all of them have seen, once they were terminated."""
+        """What all of them have seen, once they were terminated; nothing the second time."""
         seen = Seen()
-        for pipe in self._pipes:
+        while self._pipes:
+            pipe = self._pipes.pop()
             try:
                 seen.add(pipe.recv())
             except EOFError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,6 @@ from tests.faults.conftest import assert_sound
 from tests.harness import clean_environment, wait_until
 from tests.mount.observing import Watch, counters
 
-KILLS = Path(__file__).with_name("kills.py")
 TIMES = 15
 
 
@@ -27,7 +25,7 @@ def test_killed_and_restarted_at_random(mounts, dataset, tmp_path, mounted, read
         place.mkdir()
     steady = mounted(dataset.path, "--capacity", str(capacity), "--policy", "lru", at=places[0], scratch=scratch)
     steady.expect_log("scratch failed|fetch failed|no room")  # what another mount staged is cut off when that dies
-    command = [sys.executable, KILLS, dataset.path]
+    command = [sys.executable, "-m", "tests.faults.kills", dataset.path]
     with Watch(scratch) as watch:
         reading = [readers(place, number) for number, place in enumerate(places)]
         torments = [

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cachefs.mount.mountinfo import find_mount
-from tests.harness import MountedCache
+from tests.harness import MountedCache, mounts_below, run_cachefs
 from tests.mount.observing import counters
 from tests.unit.profile import FIXED
 
@@ -84,6 +84,41 @@ def test_the_control_socket(shared, line: bytes):
     for answer in answers:
         assert isinstance(json.loads(answer), dict)
     assert (shared.path / "0/0").read_bytes() == b"content"
+
+
+WORDS = [
+    "--capacity",
+    "--scratch",
+    "--policy",
+    "lru",
+    "1G",
+    "--data",
+    "--keep",
+    "--strict",
+    "--report",
+    "source",
+    "x",
+    "-",
+]
+
+
+@settings(FIXED, max_examples=20)
+@given(words=st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=4))
+def test_the_command_line_of_a_run(words: list[str], tmp_path_factory):
+    """The command is run, or it is said why not."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "source").mkdir()
+    (folder / "source/file").write_text("content")
+    words = [word.replace("\0", "").replace("/", "") for word in words]
+    if "--" in words:  # what follows would be the command
+        words.remove("--")
+    done = run_cachefs("run", *words, "--", "echo", "it ran", check=False, cwd=folder, env={"TMPDIR": str(folder)})
+    assert done.returncode in (0, 1, 2), done
+    assert (done.stdout == "it ran\n") == (done.returncode == 0) or "Usage" in done.stdout
+    assert done.returncode == 0 or done.stderr
+    assert "Traceback" not in done.stderr
+    assert (folder / "source/file").read_text() == "content"
+    assert mounts_below(folder) == []
 
 
 @pytest.mark.parametrize("seed", range(6))

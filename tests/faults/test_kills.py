@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -15,9 +14,7 @@ import pytest
 from tests.conftest import needs_root
 from tests.faults.armed import EVICTING, FETCHING, PROMOTING, PURGING
 from tests.faults.conftest import Dataset, assert_sound, run_armed
-from tests.harness import clean_environment, run_cachefs, verify, wait_until
-
-KILLS = Path(__file__).with_name("kills.py")
+from tests.harness import clean_environment, lives, run_cachefs, verify, wait_until
 
 
 def die_at(point, dataset: Dataset, mountpoint, scratch, readers, options):
@@ -31,7 +28,7 @@ def die_at(point, dataset: Dataset, mountpoint, scratch, readers, options):
         if point == "while it leaves":
             wait_until(lambda: len(list((scratch / "files").rglob("*"))) > 40, "something is resident")
             daemon.terminate()
-        wait_until(lambda: not any(process.is_running() for process in everything), f"it dies {point}", 60)
+        wait_until(lambda: not any(map(lives, everything)), f"it dies {point}", 60)
     finally:
         seen = reading.stop()
         run_cachefs("umount", mountpoint, check=False)
@@ -87,18 +84,21 @@ def test_in_a_purge(point, dataset, mountpoint, tmp_path, mounted):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_at_200_random_times(dataset, mountpoint, tmp_path, mounted, readers):
-    """One scratch through all of it, of which a third has no room, so that it evicts as well."""
+def test_at_200_random_times(dataset, mountpoint, tmp_path, mounted):
+    """One scratch through all of it, of which a third has no room, so that it evicts as well; looked at after each."""
     scratch = tmp_path / "scratch"
     capacity = str(int(dataset.bytes * 0.7))
-    reading = readers(mountpoint)
-    command = [sys.executable, KILLS, dataset.path, mountpoint, scratch, capacity, "200"]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False, timeout=380)
+    command = [sys.executable, "-m", "tests.faults.kills", dataset.path, mountpoint, scratch, capacity, "200"]
+    done = subprocess.run(
+        [*command, "--checked"], env=clean_environment(), capture_output=True, text=True, check=False, timeout=380
+    )
     assert done.returncode == 0, done.stderr
-    seen = reading.stop()
-    killed = json.loads(done.stdout)
-    assert killed["kills"] == 200
-    assert seen["read"] > 200, "nothing was read meanwhile"
+    said = json.loads(done.stdout)
+    assert said["kills"] == 200
+    assert not said["wrong"]
+    assert said["read"] > 200, "nothing was read meanwhile"
+    assert said["mounts"] > 100
+    assert said["copies"] > 1000
     _, said = verify(scratch)  # it mends nothing: the next mount has to
     assert "its content is not" not in said, said
     assert "its size is not" not in said, said
@@ -122,7 +122,7 @@ def test_the_connection_is_aborted(dataset, mountpoint, tmp_path, mounted, reade
         (control / str(os.minor(device)) / "abort").write_text("1")
     finally:
         subprocess.run(["umount", control], check=True)
-    wait_until(lambda: not any(process.is_running() for process in cache.processes), "it ends")
+    wait_until(lambda: not any(map(lives, cache.processes)), "it ends")
     reading.stop()
     log = next((tmp_path / "scratch/logs").iterdir()).read_text()
     assert "Traceback" not in log

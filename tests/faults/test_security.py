@@ -44,7 +44,7 @@ while True:
 
 @needs_root
 def test_a_race_for_scratch(ordinary_place: Place):
-    """Another user puts directories and links of his own where scratch is to be made, as fast as he can, as in /tmp."""
+    """Another user puts directories and links of his own where scratch is to be made or purged, as fast as he can."""
     place = ordinary_place
     shared, victim = place.make("shared", mode=0o1777), place.make("victim")
     place.write(victim / "thesis", "important")
@@ -58,6 +58,7 @@ def test_a_race_for_scratch(ordinary_place: Place):
             assert "Traceback" not in done.stderr
             if done.returncode == 0:
                 assert place.run("umount", place.mountpoint).returncode == 0
+            assert "Traceback" not in place.run("purge", "--scratch", shared / "scratch").stderr
     assert describe_tree(victim) == before
     for entry in shared.iterdir():
         if not entry.is_symlink() and entry.stat().st_uid == NOBODY:

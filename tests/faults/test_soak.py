@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -21,4 +22,7 @@ def test_two_minutes(tmp_path):
     assert "wrong or left: 0" in done.stdout
     faults = ast.literal_eval(re.search(r"^faults: (.*)$", done.stdout, re.MULTILINE)[1])
     assert sum(faults.values()) > 50
+    assert {"kill_a_daemon", "calm_down", "purge_and_begin_again", "damage_a_copy"} <= faults.keys()
+    if os.geteuid() == 0:
+        assert int(re.search(r"^promoted directories: (\d+)$", done.stdout, re.MULTILINE)[1]) > 0
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.conftest import needs_root
-from tests.harness import mounts_everywhere, wait_until
+from tests.harness import lives, mounts_everywhere, wait_until
 from tests.run.running import Job, JobPlace, kill_together, warnings_of
 
 GONE = "is cached no more, because its daemon was killed by SIGKILL: from now on it is read from the source"
@@ -108,7 +108,7 @@ def test_the_keeper_is_killed(place: JobPlace):
     assert job.command.read(place.source / "one") == b"1" * 1000
     keeper.kill()
     wait_for_warning(job, KEEPER_DIED)
-    wait_until(lambda: not daemon.is_running(), "the daemon ends with its keeper")
+    wait_until(lambda: not lives(daemon), "the daemon ends with its keeper")
     assert_source_shows(place, job)
     assert warnings_of(job.end(4)) == [KEEPER_DIED]
     place.wait_for_the_end()

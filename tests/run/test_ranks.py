@@ -12,7 +12,7 @@ import sys
 import psutil
 import pytest
 
-from tests.harness import wait_until
+from tests.harness import lives, wait_until
 from tests.run.running import SECONDS, Job, JobPlace, assert_no_mounts, kill_together, namespace_of, warnings_of
 
 RANKS = 8
@@ -96,7 +96,7 @@ def test_one_is_killed(place: JobPlace, victim: int):
     command = psutil.Process(jobs[victim].command.pid)
     jobs[victim].kill()
     assert jobs[victim].wait() == -signal.SIGKILL
-    wait_until(lambda: not command.is_running(), "its command ends")
+    wait_until(lambda: not lives(command), "its command ends")
     rest = [job for job in jobs if job is not jobs[victim]]
     for job in rest:
         assert job.command.read(place.source / "one") == b"1" * 1000

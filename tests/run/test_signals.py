@@ -8,7 +8,7 @@ import signal
 import psutil
 import pytest
 
-from tests.harness import wait_until
+from tests.harness import lives, wait_until
 from tests.run.running import SECONDS, JobPlace, assert_no_mounts
 
 FORWARDED = (
@@ -254,7 +254,7 @@ def test_run_is_killed(place: JobPlace):
     command = psutil.Process(job.command.pid)
     job.kill()
     assert job.wait() == -signal.SIGKILL
-    wait_until(lambda: not command.is_running(), "the command ends")
+    wait_until(lambda: not lives(command), "the command ends")
     place.wait_for_the_end()
     assert not place.scratch.exists()
 
@@ -271,7 +271,7 @@ def test_run_is_killed_and_a_child_of_the_command_lives_on(place: JobPlace):
     assert grandchild.error_of(f"open('{place.source}/new', 'w')") == "EROFS"
     job.kill()
     job.wait()
-    wait_until(lambda: not daemon.is_running(), "the daemon ends")
+    wait_until(lambda: not lives(daemon), "the daemon ends")
     wait_until(lambda: not place.scratch.exists(), "scratch is purged")
     assert psutil.pid_exists(pid)
     assert_no_mounts(place.path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -25,7 +28,7 @@ FILES = st.lists(st.tuples(KEYS | TEXTS, TOML_VALUES), max_size=3).map(
 ) | st.binary(max_size=60)
 OPTIONS = ["--capacity", "--scratch", "--policy", "lru", "--", "-", "--data", "--purge", "--json", "1G"]
 WORDS = st.sampled_from(OPTIONS) | TEXTS.filter(lambda text: not set(text) & set("./~"))  # nothing that exists
-HARMLESS = tuple(name for name in COMMANDS if name not in ("run", "demo", "doctor", "purge"))
+HARMLESS = tuple(name for name in COMMANDS if name not in ("run", "demo", "doctor"))  # these start processes
 
 
 def run(*arguments: str) -> None:
@@ -42,6 +45,28 @@ def test_configuration_files(content: bytes, tmp_path):
     (tmp_path / "config.toml").write_bytes(content)
     run("--config", str(tmp_path / "config.toml"), "mount", str(tmp_path / "nothing"), "--capacity", "1%")
     run("--config", str(tmp_path / "config.toml"), "verify", "--scratch", str(tmp_path / "nothing"))
+
+
+PLACES = ("file", "folder", "dangling", "link", "fifo", "nothing", "file/below", "folder/..", "/dev/null", "/proc/mem")
+OF_PATHS = st.sampled_from(("umount", "status", "warm", "verify", "purge"))
+
+
+@settings(FIXED)
+@given(command=OF_PATHS, words=st.lists(st.sampled_from([*OPTIONS, *PLACES]), max_size=4))
+def test_paths(command: str, words: list[str], tmp_path, monkeypatch):
+    """Of whatever kind, none of them a mount or scratch of ours: they are named, and are what they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    if not os.path.lexists("fifo"):
+        Path("file").write_text("important")
+        Path("folder").mkdir()
+        Path("dangling").symlink_to("nowhere")
+        Path("link").symlink_to("folder")
+        os.mkfifo("fifo")
+    run(command, *words)
+    assert sorted(os.listdir()) == ["dangling", "fifo", "file", "folder", "link"]
+    assert Path("file").read_text() == "important"
 
 
 @settings(FIXED)

@@ -24,7 +24,7 @@ from cachefs.workers.fork_server import ForkServer
 from cachefs.workers.pool import WorkerBugError, WorkerPool
 from cachefs.workers.protocol import PACKET_BYTES, serve
 from tests.filesystem.fakes import until
-from tests.harness import wait_until
+from tests.harness import lives, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -111,7 +111,7 @@ def fork_server():
     yield server
     workers = family.children(recursive=True)
     server.close()
-    wait_until(lambda: not any(worker.is_running() for worker in workers), "the workers end with their server")
+    wait_until(lambda: not any(map(lives, workers)), "the workers end with their server")
 
 
 @pytest.fixture
@@ -449,4 +449,4 @@ def test_a_server_and_its_workers_end_when_their_parent_is_killed():
         os.close(reading)
         os.kill(parent, signal.SIGKILL)
         os.waitpid(parent, 0)
-    wait_until(lambda: not any(process.is_running() for process in processes), "the server and its workers end")
+    wait_until(lambda: not any(map(lives, processes)), "the server and its workers end")
