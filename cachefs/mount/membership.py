@@ -74,6 +74,12 @@ class Membership:
 
     def leave(self) -> None:
         self._joining.close()
+        try:
+            self._leave()
+        except FileNotFoundError:
+            log.warning("scratch has been removed path=%s", self._scratch.path)
+
+    def _leave(self) -> None:
         with scratch_lock(self._scratch.fd):
             is_alone = [self.record.id] == [other.id for other in live_leases(self._scratch)]
             if is_alone:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from cachefs.mount.mountinfo import find_mount
 from tests.conftest import needs_root
 from tests.faults.conftest import KIB, MIB, Dataset, assert_sound, assert_undisturbed
-from tests.harness import run_cachefs, verify, wait_until
+from tests.harness import CACHEFS, clean_environment, run_cachefs, verify, wait_until
 from tests.mount.observing import counters
 
 ANY_FAILURE = "scratch failed|fetch failed|staged copy not removed|index not|no room|not removed|not recorded|trees"
@@ -146,6 +147,21 @@ def test_scratch_is_removed(dataset, mounted, mountpoint, readers):
     assert not seen["errors"]
     done = run_cachefs("umount", mountpoint, check=False)
     assert not cache.is_mounted(), done.stderr
+
+
+def test_scratch_is_removed_from_a_foreground_mount(dataset, mountpoint, tmp_path, mounted):
+    """It ends in order, with one line that says so."""
+    command = [*CACHEFS, "mount", dataset.path, mountpoint, "--scratch", tmp_path / "scratch", "--foreground"]
+    with subprocess.Popen([*map(str, command)], env=clean_environment(), stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: find_mount(mountpoint), "it serves")
+        assert (mountpoint / "middle").read_bytes() == dataset.content["middle"]
+        shutil.rmtree(tmp_path / "scratch")
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "scratch has been removed" in said
+    assert "Traceback" not in said
+    assert find_mount(mountpoint) is None
 
 
 @needs_root
