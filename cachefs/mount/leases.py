@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import psutil
 
@@ -79,7 +79,7 @@ def live_leases(scratch: Scratch, *, drop_dead: bool = False) -> list[LeaseRecor
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            records.append(LeaseRecord(**json.loads(os.read(fd, 1 << 16))))
+            records.append(_read_record(os.read(fd, 1 << 16)))
         else:
             if drop_dead:
                 for folder in ("leases", "sockets"):
@@ -87,3 +87,9 @@ def live_leases(scratch: Scratch, *, drop_dead: bool = False) -> list[LeaseRecor
         finally:
             os.close(fd)
     return records
+
+
+def _read_record(text: bytes) -> LeaseRecord:
+    """A lease, also of a mount of a later version, which may say more."""
+    known = {field.name for field in fields(LeaseRecord)}
+    return LeaseRecord(**{name: value for name, value in json.loads(text).items() if name in known})
