@@ -20,6 +20,8 @@ PREFETCH_MODES = ("auto", "all", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 RESERVED_SHARE = 0.05
 """Share of scratch's file system that stays free whatever the capacity says."""
+SPARED_MEMORY_SHARE = 0.1
+"""Of the machine's memory, and of what the job's control group may have, the memory tier leaves so much alone."""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])i?)?B?", re.IGNORECASE)
@@ -78,6 +80,7 @@ class Capacity:
 
 
 DEFAULT_CAPACITY = Capacity(share=0.8)
+DEFAULT_MEMORY_PATH = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,9 @@ class Settings:
     mountpoint: Path
     scratch: Path
     capacity: Capacity = field(default=DEFAULT_CAPACITY)
+    memory: Capacity | None = None
+    """Of the memory tier; a share is of the memory that the job may have."""
+    memory_path: Path = DEFAULT_MEMORY_PATH
     policy: str = "hold"
     prefetch: str = "auto"
     metadata_ttl: float = 3600.0

@@ -21,6 +21,7 @@ from benchmarks.results import Circumstances, Result
 from benchmarks.stage import Stage, rotated
 from cachefs.cache.copying import CopyHandlers
 from cachefs.cache.storage import NAME_BYTES, Storage
+from cachefs.cache.tiers import SCRATCH
 from cachefs.source.attributes import mtime_of, pack_stat, version_of
 from cachefs.source.handlers import read_exactly
 from cachefs.source.tree import SourceTree
@@ -111,9 +112,9 @@ def _files(tree: SourceTree) -> list[File]:
 
 
 def _fetch_all(tree: SourceTree, storage: Storage, _: Path, files: list[File]) -> None:
-    fetch_many = CopyHandlers(tree, storage).table()["fetch_many"]
+    fetch_many = CopyHandlers(tree, [storage]).table()["fetch_many"]
     for start in range(0, len(files), BATCH):
-        for number, _result, error in fetch_many(files[start : start + BATCH]):
+        for number, _result, error in fetch_many([(*file, SCRATCH) for file in files[start : start + BATCH]]):
             if error is not None:
                 raise BenchmarkError(f"{files[start + number][1]!r}: {error}")
 

@@ -13,9 +13,10 @@ import trio
 
 from cachefs.cache.capacity import CapacityKeeper
 from cachefs.cache.fetches import Fetch, Fetches
-from cachefs.cache.files import OpenFile, ScratchReader
+from cachefs.cache.files import OpenFile
+from cachefs.cache.memory import MemoryTier
 from cachefs.cache.residency import Residency, Resident
-from cachefs.cache.storage import Storage
+from cachefs.cache.tiers import Tier, Tiers
 from cachefs.errors import ChangedCopyError, SourceError, StorageError
 from cachefs.metrics import Metrics
 from cachefs.source.attributes import mtime_of, size_of, version_of
@@ -38,19 +39,21 @@ class Cache:
     def __init__(
         self,
         source: Source,
-        storage: Storage,
+        tiers: Tiers,
         residency: Residency,
         capacity: CapacityKeeper,
+        memory: MemoryTier | None,
         fetches: Fetches,
-        scratch_reader: ScratchReader,
         metrics: Metrics,
     ) -> None:
+        """`capacity` and `memory` are those of `tiers`, the last and the first of them."""
         self._source = source
-        self._storage = storage
+        self._tiers = tiers
+        self._storage = capacity.storage
         self._residency = residency
         self._capacity = capacity
+        self._memory = memory
         self._fetches = fetches
-        self._scratch_reader = scratch_reader
         self._metrics = metrics
 
     async def open(self, path: bytes, attributes: bytes) -> OpenFile:
@@ -61,16 +64,21 @@ class Cache:
         version = version_of(attributes)
         name = self._residency.name_of(path, version)
         is_changed = False
+        tier: Tier = self._capacity
+        fd = self._memory.open(name, path, version) if self._memory is not None else None
         try:
-            fd = self._open_resident(name, path, version)
+            if fd is None:
+                fd = self._open_in_scratch(name, path, version)
+            else:
+                tier = self._tiers.all[0]
         except ChangedCopyError as error:
             log.warning("changed copy checked path=%r copy=%s", path, error.filename)
             fd, is_changed = None, True
         if fd is not None:
             self._metrics.hits += 1
             self._metrics.hit_bytes += size_of(version)
-            self._scratch_reader.expect(fd, size_of(version))
-            return self._file(name, path, version, fd=fd)
+            tier.reader.expect(fd, size_of(version))
+            return self._file(name, path, version, tier, fd=fd)
         with self._metrics.waiting():
             return await self._open_missing(name, path, version, is_changed=is_changed)
 
@@ -93,10 +101,10 @@ class Cache:
                 raise fetch.error
             if fetch.error is None:
                 self._metrics.misses += 1
-                return self._file(name, path, version, fetch=fetch)
+                return self._file(name, path, version, fetch.tier, fetch=fetch)
         await self._source.check(path, version)
         self._metrics.bypasses += 1
-        return self._file(name, path, version)
+        return self._file(name, path, version, self._capacity)
 
     def count_open(self, file: OpenFile) -> None:
         """Count one more open of a file that is open already."""
@@ -110,7 +118,7 @@ class Cache:
         else:
             self._metrics.bypasses += 1
 
-    def _open_resident(self, name: bytes, path: bytes, version: bytes) -> int | None:
+    def _open_in_scratch(self, name: bytes, path: bytes, version: bytes) -> int | None:
         known = self._residency.get(name)
         try:
             fd = self._storage.open_unchanged(name, size_of(version), mtime_of(version))
@@ -123,6 +131,8 @@ class Cache:
             if known is None or known.boot != self._storage.boot:  # another mount fetched it
                 self._residency.add(name, path, version, b"")
             self._residency.touch(name)
+            if self._memory is not None:
+                self._memory.note_scratch_hit(name, path, version)
         elif known is not None and known.boot == self._storage.boot:  # another mount evicted it
             self._residency.discard(name)
         return fd
@@ -131,13 +141,16 @@ class Cache:
         """The fetch of a file that is not resident, a new one or somebody else's; None if there is no room."""
         self._residency.supersede(name)
         earlier = self._changed(name, version) if is_changed else self._earlier(name)
-        if earlier is None and not await self._capacity.try_reserve(size_of(version)):
+        tier: Tier | None = self._capacity
+        if earlier is None:
+            tier = await self._tiers.try_reserve(size_of(version))
+        if tier is None:
             return None
         fetch = self._fetches.get(name)
         if fetch is None:
-            return self._fetches.start(name, path, version, earlier)
+            return self._fetches.start(name, path, version, tier, earlier)
         if earlier is None:
-            self._capacity.release(size_of(version))
+            tier.release(size_of(version))
         return fetch
 
     def _earlier(self, name: bytes) -> Resident | None:
@@ -151,15 +164,14 @@ class Cache:
         return known._replace(boot=self._storage.boot)
 
     def _file(
-        self, name: bytes, path: bytes, version: bytes, fd: int | None = None, fetch: Fetch | None = None
+        self, name: bytes, path: bytes, version: bytes, tier: Tier, fd: int | None = None, fetch: Fetch | None = None
     ) -> OpenFile:
         self._capacity.note_open(name, size_of(version), is_hit=fd is not None)
         return OpenFile(
             name,
             path,
             version,
-            storage=self._storage,
-            scratch_reader=self._scratch_reader,
+            tier=tier,
             source_read=self._source.read,
             metrics=self._metrics,
             fd=fd,

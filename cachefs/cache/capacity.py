@@ -21,7 +21,9 @@ import trio
 from cachefs.cache.ghosts import HOLD, LRU, Ghosts
 from cachefs.cache.ledger import Ledger
 from cachefs.cache.residency import Residency
+from cachefs.cache.scratch_reader import ScratchReader
 from cachefs.cache.storage import GONE, IN_USE, Storage
+from cachefs.cache.tiers import SCRATCH
 from cachefs.config import RESERVED_SHARE
 from cachefs.metrics import Metrics
 from cachefs.workers.pool import WorkerPool
@@ -37,7 +39,9 @@ _SUSPEND_SECONDS = 10.0
 
 
 class CapacityKeeper:
-    """Grants room in scratch to one mount, up to `size` bytes for all mounts together."""
+    """Grants room in scratch, the last of the tiers, to one mount, up to `size` bytes for all mounts together."""
+
+    number = SCRATCH
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class CapacityKeeper:
         ledger: Ledger,
         storage: Storage,
         residency: Residency,
+        reader: ScratchReader,
         *,
         copies: WorkerPool,
         index: WorkerPool,
@@ -53,9 +58,10 @@ class CapacityKeeper:
         metrics: Metrics,
     ) -> None:
         self.size = size
+        self.storage = storage
+        self.reader = reader
         self._ledger = ledger
         self._ghosts = Ghosts(policy, size)
-        self._storage = storage
         self._residency = residency
         self._copies = copies
         self._index = index
@@ -89,7 +95,7 @@ class CapacityKeeper:
     def _aim_ghosts(self) -> None:
         """Others' files, promoted ones, and what else fills the file system leave the less to choose from."""
         stored, _ = self._ledger.stored()
-        available, total = self._storage.space()
+        available, total = self.storage.space()
         most = min(self.size, stored + max(0, available - RESERVED_SHARE * total))
         others = max(0, stored - self._residency.bytes)
         self._ghosts.capacity = max(0, int(most) - others - self.promoted_bytes)
@@ -139,8 +145,16 @@ class CapacityKeeper:
         """Scratch has failed: grant nothing for a while, so that files are not read twice in vain."""
         self._suspended_until = trio.current_time() + seconds
 
+    def keep(self, name: bytes, path: bytes, version: bytes, checksum: bytes) -> None:
+        """A file is resident now."""
+        self._residency.add(name, path, version, checksum)
+
+    def note_ahead(self, name: bytes, size: int) -> None:
+        """It was fetched ahead of use."""
+        self._residency.note_ahead(name, size)
+
     def _try(self, size: int) -> bool:
-        available, total = self._storage.space()
+        available, total = self.storage.space()
         return self._ledger.reserve(size, self.size, available - RESERVED_SHARE * total)
 
     async def _evict(self, size: int, ahead: bool) -> bool:

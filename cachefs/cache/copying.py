@@ -21,8 +21,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 import xxhash
 
@@ -51,8 +51,17 @@ COPIED, FOUND, REVIVED, DROPPED = "copied", "found", "revived", "dropped"
 """How a fetch ended: copied from the source; another mount had it; a copy that was doubted proved whole; or did not,
 so that it was dropped and nothing was copied."""
 
+MOVED = "moved"
+
 FetchResult = tuple[str, bytes, int]
-"""(how it ended; checksum, or b"" where it is not known; bytes read from the source, or of the dropped copy)."""
+"""(how it ended; checksum, or b"" where it is not known; bytes read from the source, or of the dropped copy; where it
+was found, the number of the tier)."""
+MoveResult = tuple[str, int]
+"""(MOVED, or why it was not; what Storage.remove said of it where it was)."""
+
+
+class _NotWhole(Exception):
+    """A copy is not what was written."""
 
 
 def checksum_of(fd: int) -> bytes:
@@ -68,23 +77,26 @@ def checksum_of(fd: int) -> bytes:
 class CopyHandlers:
     """The handlers of one worker process."""
 
-    def __init__(self, tree: SourceTree, storage: Storage) -> None:
+    def __init__(self, tree: SourceTree, storages: Sequence[Storage]) -> None:
+        """`storages` are scratch's and those of other tiers, by their numbers."""
         self._tree = tree
-        self._storage = storage
+        self._storages = storages
+        self._storage = storages[0]
 
     def table(self) -> Mapping[str, Handler]:
-        return {"fetch": self._fetch, "fetch_many": self._fetch_many, "remove": self._remove}
+        return {"fetch": self._fetch, "fetch_many": self._fetch_many, "remove": self._remove, "move": self._move}
 
     def _fetch(
-        self, name: bytes, path: bytes, version: bytes, earlier_boot: str, earlier_checksum: bytes
+        self, name: bytes, path: bytes, version: bytes, earlier_boot: str, earlier_checksum: bytes, tier: int = 0
     ) -> Generator[int, None, FetchResult]:
-        """Bring `path` of `version` into scratch as `name`; yield the frontier (0 once the source file is open).
+        """Bring `path` of `version` into a tier as `name`; yield the frontier (0 once the source file is open).
 
-        With an `earlier_boot` it is only looked whether the copy of that boot is good (this one's: one that changed).
+        Whatever the tier, the name's lock in scratch's staging is held. With an `earlier_boot` it is only looked if
+        the copy of that boot is good (this one's: one that changed).
         """
         pause = _FIRST_PAUSE
         frontier, moved_at = -1, time.monotonic()
-        while (staged := self._storage.stage(name)) is None:
+        while (lock := self._storage.stage(name)) is None:
             if self._storage.frontier(name) > frontier:
                 frontier, moved_at = self._storage.frontier(name), time.monotonic()
                 yield frontier
@@ -93,31 +105,55 @@ class CopyHandlers:
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE)
         try:
-            if earlier_boot != self._storage.boot and self._storage.has(name):
+            found = [number for number, storage in enumerate(self._storages) if storage.has(name)]
+            if earlier_boot != self._storage.boot and found:
                 self._storage.discard_held(name)
-                return FOUND, b"", 0
+                return FOUND, b"", found[0]
             if earlier_boot:
                 try:
                     return self._revive(name, version, earlier_boot, earlier_checksum)
                 finally:
                     self._storage.discard_held(name)
-            try:
+            with self._staged(name, lock, tier) as staged:
                 checksum = yield from self._copy(staged, name, path, version)
                 _mark(staged, version)
+            return COPIED, checksum, size_of(version)
+        finally:
+            os.close(lock)
+
+    @contextmanager
+    def _staged(self, name: bytes, lock: int, tier: int) -> Iterator[int]:
+        """The staged file of a tier for a block, at whose end it is complete. `lock` is that of scratch, staged."""
+        if not tier:
+            try:
+                yield lock
                 self._storage.commit(name)
             except BaseException:
                 self._storage.discard_held(name)
                 raise
-            return COPIED, checksum, size_of(version)
+            return
+        storage = self._storages[tier]
+        try:
+            staged = storage.stage(name)
+            if staged is None:
+                raise StorageError(errno.EBUSY, "another mount's copy is on its way", name.hex())
+            try:
+                yield staged
+                storage.commit(name)
+            except BaseException:
+                storage.discard_held(name)
+                raise
+            finally:
+                os.close(staged)
         finally:
-            os.close(staged)
+            self._storage.discard_held(name)
 
     def _fetch_many(
-        self, files: list[tuple[bytes, bytes, bytes]]
+        self, files: list[tuple[bytes, bytes, bytes, int]]
     ) -> Generator[tuple[int, FetchResult | None, tuple[str, int, str, str | bytes] | None], None, None]:
-        """Bring small files, each (name, path, version), into scratch; yield of each (number, result, error)."""
-        for number, (name, path, version) in enumerate(files):
-            fetch = self._fetch(name, path, version, "", b"")
+        """Bring small files, each (name, path, version, tier), into scratch; yield of each (number, result, error)."""
+        for number, (name, path, version, tier) in enumerate(files):
+            fetch = self._fetch(name, path, version, "", b"", tier)
             try:
                 while True:
                     next(fetch)
@@ -213,6 +249,50 @@ class CopyHandlers:
         """Remove complete files, each (name, boot); what Storage.remove says of each."""
         yield from ()
         return [self._remove_one(name, boot) for name, boot in files]
+
+    def _move(
+        self, files: list[tuple[bytes, bytes, bytes]], origin: int, target: int
+    ) -> Generator[int, None, list[MoveResult]]:
+        """Move complete files, each (name, version, checksum or b""), from one tier to another."""
+        answers: list[MoveResult] = []
+        for name, version, checksum in files:
+            try:
+                how = self._copy_over(name, version, checksum, self._storages[origin], target)
+            except StorageError as error:
+                how = str(error)
+            freed = self._storages[origin].remove(name) if how in (MOVED, FOUND, DROPPED) else IN_USE
+            answers.append((how, freed))
+            yield 0
+        return answers
+
+    def _copy_over(self, name: bytes, version: bytes, checksum: bytes, origin: Storage, target: int) -> str:
+        """Make a complete file one of another tier as well: MOVED; FOUND if it is; DROPPED if it is not whole."""
+        if origin.is_shown(name, origin.boot):
+            return "promoted"
+        lock = self._storage.stage(name)
+        if lock is None:
+            return "on its way"
+        try:
+            source = origin.open(name)
+            if source is None or self._storages[target].has(name):
+                self._storage.discard_held(name)
+                return FOUND
+            try:
+                with storage_errors(name), suppress(_NotWhole), self._staged(name, lock, target) as staged:
+                    offset, digest = 0, xxhash.xxh3_64()
+                    while chunk := os.pread(source, _LARGEST_CHUNK_BYTES, offset):
+                        _write_all(staged, chunk, offset)
+                        digest.update(chunk)
+                        offset += len(chunk)
+                    if offset != size_of(version) or (checksum and digest.digest() != checksum):
+                        raise _NotWhole
+                    _mark(staged, version)
+                    return MOVED
+                return DROPPED
+            finally:
+                os.close(source)
+        finally:
+            os.close(lock)
 
     def _remove_one(self, name: bytes, boot: str) -> int:
         try:

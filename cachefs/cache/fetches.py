@@ -18,7 +18,7 @@ import trio
 from cachefs.cache.capacity import CapacityKeeper
 from cachefs.cache.copying import COPIED, DROPPED, SMALL_FILE_BYTES, FetchResult
 from cachefs.cache.residency import Residency, Resident
-from cachefs.cache.storage import Storage
+from cachefs.cache.tiers import SCRATCH, Tier, Tiers
 from cachefs.errors import SourceError, StorageError, describe
 from cachefs.metrics import Metrics
 from cachefs.source.attributes import size_of
@@ -38,7 +38,9 @@ _OF_ONE_FILE = (errno.EBUSY, errno.EFBIG)
 class Fetch:
     """One file's way into scratch. `frontier` counts the bytes that are there; `error` says why it failed."""
 
-    def __init__(self, name: bytes, path: bytes, version: bytes, *, is_ahead: bool = False) -> None:
+    def __init__(self, name: bytes, path: bytes, version: bytes, tier: Tier, *, is_ahead: bool = False) -> None:
+        self.tier = tier
+        """Where it goes."""
         self.name = name
         self.path = path
         self.version = version
@@ -97,7 +99,7 @@ class Fetches:
         self,
         nursery: trio.Nursery,
         pool: WorkerPool,
-        storage: Storage,
+        tiers: Tiers,
         residency: Residency,
         capacity: CapacityKeeper,
         metrics: Metrics,
@@ -105,7 +107,7 @@ class Fetches:
     ) -> None:
         self._nursery = nursery
         self._pool = pool
-        self._storage = storage
+        self._tiers = tiers
         self._residency = residency
         self._capacity = capacity
         self._metrics = metrics
@@ -126,23 +128,23 @@ class Fetches:
         return self._demand_seconds / self._least_demand_seconds
 
     def start(
-        self, name: bytes, path: bytes, version: bytes, earlier: Resident | None, *, ahead: bool = False
+        self, name: bytes, path: bytes, version: bytes, tier: Tier, earlier: Resident | None, *, ahead: bool = False
     ) -> Fetch:
-        """Begin a fetch; `ahead` if nobody has asked for it.
+        """Begin a fetch into `tier`; `ahead` if nobody has asked for it.
 
-        The caller has reserved its size, unless an `earlier` copy, counted as stored, has its place, of another boot or
-        changed: it is taken over if it proves whole, and makes room for a new copy if not.
+        The caller has reserved its size there, unless an `earlier` copy, counted as stored, has its place, of another
+        boot or changed: it is taken over if it proves whole, and makes room for a new copy if not.
         """
-        fetch = self._running[name] = Fetch(name, path, version, is_ahead=ahead)
+        fetch = self._running[name] = Fetch(name, path, version, tier, is_ahead=ahead)
         self._nursery.start_soon(self._run, fetch, earlier)
         return fetch
 
-    def start_together(self, files: Sequence[tuple[bytes, bytes, bytes]]) -> list[Fetch]:
-        """Begin fetches of small files, each (name, path, version) with its size reserved, as one job of one worker.
+    def start_together(self, files: Sequence[tuple[bytes, bytes, bytes, Tier]]) -> list[Fetch]:
+        """Begin fetches of small files, each (name, path, version, tier that has reserved its size), in one worker.
 
         That costs this process a fraction of what as many jobs do. The files come one after another.
         """
-        fetches = [Fetch(name, path, version, is_ahead=True) for name, path, version in files]
+        fetches = [Fetch(*file, is_ahead=True) for file in files]
         self._running.update({fetch.name: fetch for fetch in fetches})
         self._nursery.start_soon(self._run_together, fetches)
         return fetches
@@ -157,7 +159,7 @@ class Fetches:
                 self._give_back(fetches[number], fetches[number].size)
             del self._running[fetches[number].name]
 
-        job = ("fetch_many", [(fetch.name, fetch.path, fetch.version) for fetch in fetches])
+        job = ("fetch_many", [(fetch.name, fetch.path, fetch.version, fetch.tier.number) for fetch in fetches])
         error: OSError = StorageError(0, "the fetch was given up")
         try:
             await self._pool.run(
@@ -211,13 +213,14 @@ class Fetches:
         if how == COPIED:
             self._metrics.source_bytes_read += copied
             self._metrics.fetches += 1
-            self._capacity.settle(fetch.size)
+            fetch.tier.settle(fetch.size)
         else:
-            self._capacity.release(fetch.size)
-        self._residency.add(fetch.name, fetch.path, fetch.version, checksum)
+            fetch.tier.release(fetch.size)
+            fetch.tier = self._tiers[copied]
+        fetch.tier.keep(fetch.name, fetch.path, fetch.version, checksum)
         if fetch.is_ahead:
             self._metrics.prefetches += how == COPIED
-            self._residency.note_ahead(fetch.name, fetch.size)
+            fetch.tier.note_ahead(fetch.name, fetch.size)
         fetch.finish(None)
 
     def _note_demand(self, fetch: Fetch) -> None:
@@ -232,7 +235,7 @@ class Fetches:
         self._metrics.fetch_errors += 1
         self._metrics.source_bytes_read += fetch.frontier
         if isinstance(error, StorageError) and error.errno not in _OF_ONE_FILE:
-            self._capacity.suspend()
+            fetch.tier.suspend()
         level = logging.INFO if isinstance(error, SourceError) else logging.WARNING
         log.log(level, "fetch failed path=%r error=%r", fetch.path, describe(error))
         fetch.finish(error)
@@ -250,7 +253,7 @@ class Fetches:
         return True
 
     async def _run_job(self, fetch: Fetch, earlier_boot: str, earlier_checksum: bytes) -> FetchResult:
-        job = ("fetch", fetch.name, fetch.path, fetch.version, earlier_boot, earlier_checksum)
+        job = ("fetch", fetch.name, fetch.path, fetch.version, earlier_boot, earlier_checksum, fetch.tier.number)
         result: FetchResult = await self._pool.run(
             job, what=f"fetch {fetch.path!r}", timeout=self._timeout, on_progress=fetch.advance
         )
@@ -258,15 +261,16 @@ class Fetches:
 
     def _give_back(self, fetch: Fetch, reserved: int) -> None:
         """A fetch has failed or was cancelled: drop what is staged, and the reservation if nothing came of it."""
+        tier = fetch.tier
         try:
-            is_dropped = self._storage.discard_staged(fetch.name)
+            is_dropped = all([of.storage.discard_staged(fetch.name) for of in {tier, self._tiers[SCRATCH]}])
         except StorageError as error:
             log.warning("staged copy not removed path=%r error=%r", fetch.path, describe(error))
             is_dropped = False
-        if self._storage.has(fetch.name):  # complete, and its worker's last word was lost
-            self._capacity.settle(reserved)
-            self._capacity.doubt()
+        if tier.storage.has(fetch.name):  # complete, and its worker's last word was lost
+            tier.settle(reserved)
+            tier.doubt()
         elif is_dropped:
-            self._capacity.release(reserved)
+            tier.release(reserved)
         else:  # it takes room still
-            self._capacity.doubt()
+            tier.doubt()

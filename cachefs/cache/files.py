@@ -12,13 +12,10 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-
-import trio
 
 from cachefs.cache.fetches import Fetch
 from cachefs.cache.read_ahead import ReadAhead
-from cachefs.cache.storage import Storage
+from cachefs.cache.tiers import Tier
 from cachefs.errors import SourceChangedError, SourceError, StorageError
 from cachefs.metrics import Metrics
 from cachefs.source.attributes import size_of
@@ -29,64 +26,14 @@ _NEAR_BYTES = 2 * 1024 * 1024
 _NEAR_SECONDS = 0.05
 """A read that starts less than this beyond the frontier waits for it; one further on goes to the source."""
 
-_EXPECTED_BYTES = 256 * 1024
-"""Up to this size a file that is opened is expected to be read whole, at once."""
-
 Buffer = bytes | bytearray | memoryview
-
-
-class ScratchReader:
-    """Reads files of scratch: from the page cache at once, from the disk in a thread.
-
-    Trying the page cache first costs some 10 us; a thread costs 170-340 us (design.md section 6). The threads have a
-    limit of their own, so that a slow disk never holds up anything else. Where scratch is `in_memory` (tmpfs, which
-    does not know RWF_NOWAIT) every read is one of the page cache.
-    """
-
-    def __init__(self, threads: int, *, in_memory: bool) -> None:
-        self._limiter = trio.CapacityLimiter(threads)
-        self._flags: int | None = 0 if in_memory else os.RWF_NOWAIT
-
-    def expect(self, fd: int, size: int) -> None:
-        """Have the disk bring a small file while the kernel, which was told of the open, prepares its first read.
-
-        Mostly the page cache has it then, and no thread is needed: with a cold page cache, files of 110 KB take 319 us
-        each instead of 398, of 4 KB 204 instead of 326 (benchmarks/results/requests.json, "not asked at open").
-        """
-        if self._flags and size <= _EXPECTED_BYTES:
-            with suppress(OSError):  # it is advice: a file system may not know it
-                os.posix_fadvise(fd, 0, size, os.POSIX_FADV_WILLNEED)
-
-    async def read(self, fd: int, offset: int, size: int) -> memoryview:
-        """Up to `size` bytes; fewer only at the end of the file. Raises OSError."""
-        view = memoryview(bytearray(size))
-        got = 0
-        if self._flags is not None:
-            try:
-                got = os.preadv(fd, [view], offset, self._flags)
-                if got == size:
-                    return view
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                self._flags = None
-        more = await trio.to_thread.run_sync(_read_rest, fd, view, got, offset, limiter=self._limiter)
-        return view[: got + more]
-
-
-def _read_rest(fd: int, view: memoryview, got: int, offset: int) -> int:
-    start = got
-    while got < len(view) and (more := os.preadv(fd, [view[got:]], offset + got)):
-        got += more
-    return got - start
 
 
 class OpenFile:
     """One version of one file while somebody has it open; shared by all its handles.
 
-    It is served from a complete copy (`fd`), from a fetch on its way (`fetch`), or by the source (neither).
+    It is served from a complete copy (`fd`), from a fetch on its way (`fetch`), or by the source (neither). `tier` is
+    that of the copy, or of the fetch.
     """
 
     def __init__(
@@ -95,8 +42,7 @@ class OpenFile:
         path: bytes,
         version: bytes,
         *,
-        storage: Storage,
-        scratch_reader: ScratchReader,
+        tier: Tier,
         source_read: Callable[[bytes, bytes, int, int], Awaitable[bytes]],
         metrics: Metrics,
         fd: int | None = None,
@@ -106,8 +52,7 @@ class OpenFile:
         self.size = size_of(version)
         self.name = name
         self._version = version
-        self._storage = storage
-        self._scratch_reader = scratch_reader
+        self._tier = tier
         self._source_read = source_read
         self._metrics = metrics
         self._fd = fd
@@ -182,13 +127,13 @@ class OpenFile:
         elif self._fd is None:
             self._fd = self._open_copy(staged=False)
         else:
-            self._storage.share(self._fd)
+            self._tier.storage.share(self._fd)
 
     def _open_copy(self, *, staged: bool) -> int | None:
         """The staged copy, which may have become the complete one by now; None if scratch failed or evicted it."""
         try:
-            fd = self._storage.open_staged(self.name) if staged else None
-            return self._storage.open(self.name) if fd is None else fd
+            fd = self._tier.storage.open_staged(self.name) if staged else None
+            return self._tier.storage.open(self.name) if fd is None else fd
         except StorageError as error:
             log.warning("scratch failed path=%r error=%r", self.path, error.strerror)
             return None
@@ -210,7 +155,7 @@ class OpenFile:
         """The bytes, or None where scratch has failed."""
         self._reads += 1
         try:
-            data = await self._scratch_reader.read(fd, offset, size)
+            data = await self._tier.reader.read(fd, offset, size)
         except OSError as error:
             reason = error.strerror or str(error)
         else:

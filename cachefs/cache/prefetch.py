@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from cachefs.cache.capacity import CapacityKeeper
 from cachefs.cache.copying import SMALL_FILE_BYTES
 from cachefs.cache.fetches import Fetch, Fetches
 from cachefs.cache.residency import Residency
-from cachefs.cache.storage import Storage
+from cachefs.cache.tiers import Tier, Tiers
 from cachefs.errors import StorageError
 from cachefs.source.attributes import size_of, version_of
 
@@ -129,12 +128,9 @@ class Pace:
 class Prefetch:
     """Fetches files ahead, `most` at once at the most."""
 
-    def __init__(
-        self, storage: Storage, residency: Residency, capacity: CapacityKeeper, fetches: Fetches, most: int
-    ) -> None:
-        self._storage = storage
+    def __init__(self, tiers: Tiers, residency: Residency, fetches: Fetches, most: int) -> None:
+        self._tiers = tiers
         self._residency = residency
-        self._capacity = capacity
         self._fetches = fetches
         self._pace = Pace(fetches, most)
         self._most = most
@@ -187,7 +183,7 @@ class Prefetch:
     async def _fetch(self, batch: Sequence[File]) -> list[str]:
         began = time.monotonic()
         outcomes = [RESIDENT] * len(batch)
-        small: list[tuple[bytes, bytes, bytes]] = []
+        small: list[tuple[bytes, bytes, bytes, Tier]] = []
         waiting: list[tuple[int, Fetch]] = []
         numbers: list[int] = []
         for number, (path, attributes) in enumerate(batch):
@@ -198,17 +194,18 @@ class Prefetch:
             size = size_of(version)
             fetch = self._fetches.get(name)
             if fetch is None:
-                if not await self._capacity.try_reserve(size, ahead=True):
+                tier = await self._tiers.try_reserve(size, ahead=True)
+                if tier is None:
                     outcomes[number:] = [FULL] * (len(batch) - number)
                     break
                 fetch = self._fetches.get(name)
-                if fetch is not None or self._residency.get(name) is not None:
-                    self._capacity.release(size)  # somebody came while we reserved
+                if fetch is not None or self._is_resident(name):
+                    tier.release(size)  # somebody came while we reserved
                 elif size <= SMALL_FILE_BYTES:
-                    small.append((name, path, version))
+                    small.append((name, path, version, tier))
                     numbers.append(number)
                 else:
-                    fetch = self._fetches.start(name, path, version, None, ahead=True)
+                    fetch = self._fetches.start(name, path, version, tier, None, ahead=True)
             if fetch is not None:
                 waiting.append((number, fetch))
         if small:
@@ -227,6 +224,6 @@ class Prefetch:
         if self._residency.get(name) is not None:
             return True
         try:
-            return self._storage.has(name)
+            return self._tiers.has(name)
         except StorageError:
             return False

@@ -5,6 +5,7 @@
     staging/NAME         files on their way; locked (flock) by the worker that copies
     trees/LEASE/PATH     complete directories of the source, of hard links to the files, that a mount shows directly
     index.db             residency (SQLite)
+    memory               where its memory tier lies, if it has one: a scratch directory too, without an index
     ledger               how much is stored and reserved, shared by all mounts
     leases/ID            one for each live mount, locked by it
     sockets/ID           its control socket
@@ -30,11 +31,12 @@ from pathlib import Path
 from cachefs.errors import CachefsError, describe
 
 MARK = "cachefs-scratch"
+MEMORY = "memory"
 FORMAT = 1
 DIRECTORIES = ("files", "staging", "trees", "leases", "sockets", "logs")
 INDEX_FILES = ("index.db", "index.db-journal", "index.db-wal", "index.db-shm")
 """A link in their place is taken away by whoever opens the index."""
-FILES = (*INDEX_FILES, "ledger", MARK)
+FILES = (*INDEX_FILES, "ledger", MEMORY, MARK)
 _CHOOSE = "choose another with --scratch"
 
 

@@ -12,6 +12,7 @@ from cachefs.cli.options import ConfiguredCommand, mount_options, mountpoint_of_
 from cachefs.cli.printing import complain
 from cachefs.config import Settings
 from cachefs.mount.checks import check_capacity, check_fuse, check_paths, warnings
+from cachefs.mount.memory import check_memory
 from cachefs.mount.mountinfo import find_mount, resolve_mountpoint
 
 
@@ -48,6 +49,7 @@ def mount(
     check_paths(settings)
     check_fuse(allow_other=settings.allow_other)
     check_capacity(settings)
+    check_memory(settings)
 
     from cachefs.mount.daemon import serve_in_background, serve_in_foreground  # slow: help and refusals need none
 

@@ -82,6 +82,20 @@ capacity_option = option(
 _MOUNT_OPTIONS = (
     capacity_option,
     option(
+        "--memory",
+        type=_parsed(config.Capacity.parse),
+        metavar="8G|25%",
+        help="A tier in memory above scratch, of this size or share of the memory that the job may have; what is least "
+        "used moves down [default: none]",
+    ),
+    option(
+        "--memory-path",
+        type=nonempty_path,
+        default=str(config.DEFAULT_MEMORY_PATH),
+        metavar="DIR",
+        help="A tmpfs for it [default: /dev/shm]",
+    ),
+    option(
         "--policy",
         type=click.Choice(config.POLICIES),
         default="hold",

@@ -21,6 +21,7 @@ from cachefs.config import Settings, format_size
 from cachefs.errors import CachefsError, UsageError, describe
 from cachefs.mount.checks import check_capacity, check_paths, warnings
 from cachefs.mount.job import Watched, find_command, run_command
+from cachefs.mount.memory import check_memory
 from cachefs.mount.mountinfo import FSTYPE, Mount, containing_mount, find_mount, resolve_mountpoint
 from cachefs.mount.namespaces import join_namespaces
 from cachefs.mount.rendezvous import Attendance, attend, fork_keeper
@@ -230,6 +231,7 @@ def _settings_of(data: Sequence[str], scratch: Path, options: dict[str, Any]) ->
         check_paths(settings, is_private=True)  # the keeper asks again where it is not
         try:
             check_capacity(settings)
+            check_memory(settings)
         except CachefsError as error:  # 5% of the disk stay free all the same
             _tell_user(f"warning: {error}")
         yield settings

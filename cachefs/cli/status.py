@@ -34,6 +34,17 @@ def _expected_wait(seconds: float | None) -> str:
     return "not known yet" if seconds is None else f"{seconds:,.1f} s"
 
 
+def _tiers(tiers: list[dict[str, Any]]) -> str:
+    return "; ".join(map(_tier, tiers))
+
+
+def _tier(tier: dict[str, Any]) -> str:
+    moves = [(key, tier[key]) for key in ("moved_down", "moved_up", "dropped") if tier.get(key)]
+    moved = "".join(f", {count:,} {key.replace('_', ' ')}" for key, count in moves)
+    size = f"{format_size(tier['bytes'])} of {format_size(tier['capacity_bytes'])}"
+    return f"{tier['path']}: {tier['files']:,} files, {size}, {tier['hits']:,} hits{moved}"
+
+
 _ROWS = (
     ("source", "source", str),
     ("scratch", "scratch", str),
@@ -42,6 +53,7 @@ _ROWS = (
     ("capacity", "capacity_bytes", format_size),
     ("resident files", "resident_files", "{:,}".format),
     ("resident bytes", "resident_bytes", format_size),
+    ("tiers", "tiers", _tiers),
     ("promoted files", "promoted_files", "{:,}".format),
     ("promoted bytes", "promoted_bytes", format_size),
     ("promoted", "promoted_directories", _listed),
@@ -127,6 +139,8 @@ def _print(report: dict[str, Any]) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     for label, key, form in _ROWS:
+        if key not in report:  # a daemon of another version
+            continue
         table.add_row(label, Text(printable(form(report[key]))))
     # where nothing has to fit a screen no path is folded, so that it can be copied
     (Console() if sys.stdout.isatty() else Console(width=10_000)).print(table)

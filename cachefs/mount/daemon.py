@@ -18,6 +18,7 @@ from typing import TextIO
 from cachefs.cache.scratch import Scratch, claim_scratch, unlock_scratch
 from cachefs.config import Settings
 from cachefs.errors import CachefsError
+from cachefs.mount.memory import claim_memory, free_memory
 from cachefs.mount.notify import ServiceManager
 from cachefs.mount.purge import purge
 from cachefs.mount.serve import KEEPER_SIGNAL, lay_grounds, open_source, serve
@@ -125,9 +126,15 @@ def _serve(
     scratch = claim_scratch(settings.scratch)
     if log_file:
         _log_to(logging.StreamHandler(_new_log(scratch)), settings)
+    memory = None
     try:
-        serve(lay_grounds(settings, source_fd, scratch), on_ready, manager.keep_informed if manager else None)
+        memory = claim_memory(settings, scratch)
+        serve(lay_grounds(settings, source_fd, scratch, memory), on_ready, manager.keep_informed if manager else None)
     except CachefsError:
+        if memory is not None:
+            unlock_scratch(memory.fd)
+            with suppress(CachefsError):
+                free_memory(memory.path)
         unlock_scratch(scratch.fd)
         if scratch.is_new:
             with suppress(CachefsError):  # another mount may use it by now

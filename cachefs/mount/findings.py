@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from cachefs.config import RESERVED_SHARE, Capacity, format_size
+from cachefs.config import RESERVED_SHARE, SPARED_MEMORY_SHARE, Capacity, format_size
 from cachefs.errors import CachefsError
 from cachefs.mount.facts import LOCAL, MEMORY, NETWORK, Examination, Extent, Machine, Scratch, Source
 from cachefs.mount.forecast import READERS, Forecast
@@ -50,7 +50,9 @@ def judge(
         findings += [_judge_mounting(facts.machine, source), *_judge_source(source)]
     findings += _judge_scratch(scratch, capacity, better)
     if source is not None and source.extent is not None and scratch.problem is None:
-        findings.append(_judge_fit(source.extent, scratch.room(capacity), capacity, better))
+        room = scratch.room(capacity)
+        findings.append(_judge_fit(source.extent, room, capacity, better))
+        findings.append(_judge_memory(source.extent, room, facts.machine.limits))
     if forecast is not None and forecast.speed_up < _WORTH_IT:
         found = f"later epochs would take {1 / forecast.speed_up:.2g} times as long as read directly"
         findings.append(Finding("use of a cache", found, Verdict.WARNING, "there is little to gain from one here"))
@@ -194,6 +196,22 @@ def _judge_fit(extent: Extent, room: int, capacity: Capacity, better: Scratch | 
         advice = f"there is room for {format_size(better.room(capacity))} with {_option(better)}"
     found = f"{room / size:.0%} of it: {found}; the rest is read from the source"
     return Finding("dataset fits", found, Verdict.WARNING, advice)
+
+
+def _judge_memory(extent: Extent, room: int, limits: Limits) -> Finding:
+    """What --memory would bring."""
+    size = extent.dataset.bytes
+    if size <= room:
+        found = (
+            "--memory would bring nothing: the dataset fits scratch, and the page cache keeps what memory has room for"
+        )
+        return Finding("memory tier", found)
+    most = limits.memory_total if limits.memory_limit is None else min(limits.memory_total, limits.memory_limit.size)
+    could = min(limits.memory_available, most) - round(SPARED_MEMORY_SHARE * most)
+    if could <= 0:
+        return Finding("memory tier", "there is no memory for one")
+    found = f"--memory would add up to {format_size(could)}: {min(1.0, (room + could) / size):.0%} of the dataset kept"
+    return Finding("memory tier", f"{found}, without it {room / size:.0%}")
 
 
 def _judge_problem(

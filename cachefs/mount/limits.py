@@ -16,6 +16,11 @@ import psutil
 from cachefs.mount.mountinfo import Mount, read_mounts
 
 _V1_FILE, _V2_FILE = "memory.limit_in_bytes", "memory.max"
+_USAGE = {
+    _V1_FILE: ("memory.usage_in_bytes", "total_inactive_file"),
+    _V2_FILE: ("memory.current", "inactive_file"),
+}
+"""How much counts against a limit, and what of the group's memory.stat can be taken back."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,16 @@ class MemoryLimit:
 
     size: int
     file: Path
+
+    def used(self) -> int:
+        """Bytes that count against it and that the kernel cannot take back: all but the page cache that is not in use.
+
+        0 where that cannot be read.
+        """
+        used, inactive = _USAGE[self.file.name]
+        usage = _read(self.file.with_name(used)) or "0"
+        statistics = dict(line.split() for line in (_read(self.file.with_name("memory.stat")) or "").splitlines())
+        return int(usage) - int(statistics.get(inactive, 0))
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,13 @@ class Membership:
         """The datasets of all live mounts of this scratch."""
         return [bytes.fromhex(record.dataset) for record in live_leases(self._scratch)]
 
+    def count_nothing(self) -> None:
+        """Scratch is new: it holds nothing; let others join."""
+        with self._joining:
+            if not self._is_counted:
+                self.ledger.set_stored(0, 0)
+                self._is_counted = True
+
     async def count(self, index: WorkerPool) -> None:
         """Count afresh what scratch holds, where the count that was found may be wrong; let others join.
 

@@ -17,6 +17,7 @@ from cachefs.cache.scratch import (
     DIRECTORIES,
     FILES,
     MARK,
+    MEMORY,
     Scratch,
     is_still_at,
     open_scratch,
@@ -60,6 +61,7 @@ def purge(path: Path) -> Purged:
             if live:
                 mounts = ", ".join(record.mountpoint for record in live)
                 raise ScratchInUseError(f"scratch {path} is in use by {mounts}", "unmount first, with cachefs umount")
+            _purge_memory(scratch)
             with suppress(FileNotFoundError):  # first: a count that is missing is made afresh, if we get no further
                 os.unlink("ledger", dir_fd=scratch.fd)
             _fell_trees(scratch, path, here)
@@ -83,6 +85,18 @@ def purge(path: Path) -> Purged:
     finally:
         os.close(scratch.fd)
     return Purged(files, size, kept)
+
+
+def _purge_memory(scratch: Scratch) -> None:
+    """Remove the memory tier, too: what mounts that have died left of it."""
+    try:
+        fd = os.open(MEMORY, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=scratch.fd)
+    except FileNotFoundError:
+        return
+    with open(fd, "rb") as file:
+        path = Path(os.fsdecode(file.read()))
+    if os.path.lexists(path):
+        purge(path)
 
 
 def _fell_trees(scratch: Scratch, path: Path, here: int) -> None:

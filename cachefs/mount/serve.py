@@ -26,16 +26,18 @@ from cachefs.cache.cache import Cache
 from cachefs.cache.capacity import CapacityKeeper
 from cachefs.cache.copying import CopyHandlers
 from cachefs.cache.fetches import Fetches
-from cachefs.cache.files import ScratchReader
 from cachefs.cache.index import IndexHandlers
 from cachefs.cache.ledger import Ledger
+from cachefs.cache.memory import MemoryTier
 from cachefs.cache.prefetch import Prefetch
 from cachefs.cache.residency import Residency
 from cachefs.cache.scratch import Scratch
+from cachefs.cache.scratch_reader import ScratchReader
 from cachefs.cache.storage import Storage
+from cachefs.cache.tiers import Tiers
 from cachefs.cache.trees import TreeHandlers, Trees
 from cachefs.cache.write_watch import WriteWatch
-from cachefs.config import Settings
+from cachefs.config import Capacity, Settings
 from cachefs.errors import CachefsError, describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.operations import Operations
@@ -45,6 +47,7 @@ from cachefs.mount.control import Send, serve_control
 from cachefs.mount.fuse_session import mounted_session
 from cachefs.mount.leases import boot_id
 from cachefs.mount.membership import Membership
+from cachefs.mount.memory import MemoryRoom, free_memory, memory_size
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount, mount_id_of
 from cachefs.mount.promotion import Promotion
 from cachefs.mount.warming import Warming
@@ -83,7 +86,9 @@ class Grounds:
 
     settings: Settings
     scratch: Scratch
+    memory: Scratch | None
     storage: Storage
+    memory_storage: Storage | None
     trees: Trees
     watch: WriteWatch
     fork_server: ForkServer
@@ -98,9 +103,11 @@ def open_source(settings: Settings) -> int:
         raise CachefsError(f"source {settings.source} cannot be opened: {describe(error)}") from None
 
 
-def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch) -> Grounds:
+def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch, memory: Scratch | None) -> Grounds:
     """Fork the fork server, which takes the source over. The process must have one thread."""
     storage, trees, watch = Storage(scratch.fd, boot_id()), Trees(scratch.fd), WriteWatch()
+    memory_storage = Storage(memory.fd, storage.boot) if memory is not None else None
+    storages = [one for one in (storage, memory_storage) if one is not None]
     lifetime = _directory_lifetime(settings)
     index_path = scratch.path / "index.db"
 
@@ -110,16 +117,17 @@ def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch) -> Grounds
             sock,
             {
                 **SourceHandlers(tree).table(),
-                **CopyHandlers(tree, storage).table(),
+                **CopyHandlers(tree, storages).table(),
                 **TreeHandlers(tree, storage, trees, mount_id_of, watch).table(),
                 **IndexHandlers(index_path, storage).table(),
             },
         )
 
-    fork_server = ForkServer.start(work, keep_fds=[source_fd, trees.fd, watch.fd, *storage.fds])
+    of_storages = [fd for one in storages for fd in one.fds]
+    fork_server = ForkServer.start(work, keep_fds=[source_fd, trees.fd, watch.fd, *of_storages])
     os.close(source_fd)  # the workers have it; the event loop never touches the source itself
     dataset = hashlib.blake2b(os.fsencode(settings.source), digest_size=16).digest()
-    return Grounds(settings, scratch, storage, trees, watch, fork_server, dataset)
+    return Grounds(settings, scratch, memory, storage, memory_storage, trees, watch, fork_server, dataset)
 
 
 def serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: KeepInformed | None = None) -> None:
@@ -149,6 +157,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
         membership = Membership(settings, grounds.scratch, grounds.storage, grounds.trees, grounds.dataset)
         stack.callback(membership.leave)
         ledger = membership.ledger
+        memory_ledger = _join_memory(grounds, stack)
         capacity = _capacity_bytes(settings, grounds.storage, ledger)
         residency = Residency(grounds.dataset, grounds.storage.boot, pools["index"], recency=settings.policy != "hold")
         stack.push_async_callback(_write_last, residency, membership)
@@ -160,24 +169,23 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
             ledger,
             grounds.storage,
             residency,
+            ScratchReader(SCRATCH_THREADS, in_memory=_is_in_memory(settings.scratch)),
             copies=pools["fetch"],
             index=pools["index"],
             live_datasets=membership.live_datasets,
             metrics=metrics,
         )
         source = Source(pools["metadata"], pools["read"], settings.source_timeout or math.inf)
-        fetches = Fetches(nursery, pools["fetch"], grounds.storage, residency, keeper, metrics, source.timeout)
-        cache = Cache(
-            source,
-            grounds.storage,
-            residency,
-            keeper,
-            fetches,
-            ScratchReader(SCRATCH_THREADS, in_memory=_is_in_memory(settings.scratch)),
-            metrics,
-        )
+        memory = None
+        if grounds.memory is not None and grounds.memory_storage is not None and memory_ledger is not None:
+            room, size = MemoryRoom(grounds.memory.fd), memory_size(settings.memory or Capacity(0))
+            copies = pools["fetch"]
+            memory = MemoryTier(size, memory_ledger, grounds.memory_storage, room, keeper, residency, copies)
+        tiers = Tiers([keeper] if memory is None else [memory, keeper])
+        fetches = Fetches(nursery, pools["fetch"], tiers, residency, keeper, metrics, source.timeout)
+        cache = Cache(source, tiers, residency, keeper, memory, fetches, metrics)
         filesystem = FileSystem(source, cache, nursery, settings.metadata_ttl - _directory_lifetime(settings))
-        prefetch = Prefetch(grounds.storage, residency, keeper, fetches, FETCH_WORKERS - DEMAND_WORKERS)
+        prefetch = Prefetch(tiers, residency, fetches, FETCH_WORKERS - DEMAND_WORKERS)
         read_through = ReadThrough(filesystem, prefetch, nursery)
         if settings.prefetch == "auto":
             filesystem.on_miss = read_through.note_miss
@@ -196,6 +204,9 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
             source.timeout,
         )
         stack.push_async_callback(promotion.leave)
+        if memory is not None:
+            memory.promotes = lambda: promotion.reason_against is None
+            nursery.start_soon(memory.run)
         source_name = os.fsencode(settings.source)
         nursery.start_soon(_look_after_index, membership, residency, keeper, source_name, pools["index"])
 
@@ -224,6 +235,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
                 "bytes_served": metrics.bytes_served,
                 "wait_seconds": round(metrics.wait_seconds, 3),
                 **promotion.status(),
+                "tiers": _tiers_status(grounds, capacity, memory, metrics, stored, files),
                 "uptime_seconds": round(metrics.uptime_seconds, 3),
                 "pid": os.getpid(),
                 "known_entries": len(filesystem.inodes),
@@ -259,6 +271,37 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
             session_nursery.start_soon(session.announce, ready)
             session_nursery.start_soon(promotion.run, membership.abandoned_trees)
             await _answer_requests()
+
+
+def _join_memory(grounds: Grounds, stack: AsyncExitStack) -> Ledger | None:
+    """The ledger of the memory tier, which is left, and freed by whoever is the last, when `stack` ends."""
+    place, storage = grounds.memory, grounds.memory_storage
+    if place is None or storage is None:
+        return None
+    membership = Membership(grounds.settings, place, storage, Trees(place.fd), grounds.dataset)
+
+    def leave() -> None:
+        membership.leave()
+        try:
+            free_memory(place.path)
+        except CachefsError as error:
+            log.warning("memory tier not freed error=%r", str(error))
+
+    stack.callback(leave)
+    membership.count_nothing()
+    return membership.ledger
+
+
+def _tiers_status(
+    grounds: Grounds, capacity: int, memory: MemoryTier | None, metrics: Metrics, stored: int, files: int
+) -> list[dict[str, Any]]:
+    """What is in each tier, the fastest first, and how many hits it had; files that have moved between them."""
+    hits = metrics.hits - (memory.hits if memory is not None else 0)
+    scratch = {"capacity_bytes": capacity, "files": files, "bytes": stored, "hits": hits}
+    found: list[dict[str, Any]] = [{"path": str(grounds.scratch.path), **scratch}]
+    if memory is not None and grounds.memory is not None:
+        found.insert(0, {"path": str(grounds.memory.path), **memory.status()})
+    return found
 
 
 async def _answer_requests() -> None:

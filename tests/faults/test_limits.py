@@ -109,6 +109,19 @@ print(json.dumps([seen[19], seen[-1], len(me.children(recursive=True))]))
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 
 
+@contextmanager
+def memory_group(limit: int) -> Iterator[Path]:
+    """A control group of so many bytes, for as long as its block; all that is put into it must have ended then."""
+    group = MEMORY_GROUPS / f"cachefs-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        yield group
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), "its processes end")
+        group.rmdir()
+
+
 @needs_root
 @pytest.mark.skipif(not os.access(MEMORY_GROUPS / "memory.limit_in_bytes", os.W_OK), reason="no memory cgroups (v1)")
 def test_a_limit_of_memory(source, mounted, mountpoint):
@@ -116,10 +129,7 @@ def test_a_limit_of_memory(source, mounted, mountpoint):
     data = {f"{number}": os.urandom(20 << 20) for number in range(4)}
     for name, content in data.items():
         (source / name).write_bytes(content * 5)
-    group = MEMORY_GROUPS / f"cachefs-test-{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(100 << 20))
+    with memory_group(100 << 20) as group:
         with started_with(lambda: (group / "cgroup.procs").write_text("0")):
             cache = mounted(source, at=mountpoint)
         assert str(cache.pid) in (group / "cgroup.procs").read_text().split()
@@ -129,9 +139,30 @@ def test_a_limit_of_memory(source, mounted, mountpoint):
         assert counters(cache)["resident_files"] == 4
         assert "oom_kill 0" in (group / "memory.oom_control").read_text()
         assert_sound(cache)
-    finally:
-        wait_until(lambda: not (group / "cgroup.procs").read_text(), "its processes end")
-        group.rmdir()
+
+
+@needs_root
+@pytest.mark.skipif(not os.access(MEMORY_GROUPS / "memory.limit_in_bytes", os.W_OK), reason="no memory cgroups (v1)")
+def test_a_memory_tier_stays_within_a_limit_of_memory(source, mounted, mountpoint):
+    """It may have 300 MB of a job's 400 MB, of which the mount takes some: it leaves a tenth, nothing is killed."""
+    data = {f"{number}": os.urandom(8 << 20) for number in range(50)}
+    for name, content in data.items():
+        (source / name).write_bytes(content)
+    limit = 400 << 20
+    with memory_group(limit) as group:
+        with started_with(lambda: (group / "cgroup.procs").write_text("0")):
+            cache = mounted(source, "--memory", "300M", at=mountpoint)
+        for _ in range(2):
+            for name, content in data.items():
+                assert (mountpoint / name).read_bytes() == content
+        memory, scratch = counters(cache)["tiers"]
+        assert 0 < memory["bytes"] < 300 << 20
+        assert memory["files"] + scratch["files"] >= 50
+        taken = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        assert int(taken["total_rss"]) + int(taken["total_shmem"]) < 0.95 * limit
+        assert "oom_kill 0" in (group / "memory.oom_control").read_text()
+        cache.unmount()
+        assert not Path(memory["path"]).exists()
 
 
 _CROWD = """

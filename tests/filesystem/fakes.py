@@ -17,12 +17,13 @@ from cachefs.cache.cache import Cache
 from cachefs.cache.capacity import CapacityKeeper
 from cachefs.cache.copying import CopyHandlers
 from cachefs.cache.fetches import Fetches
-from cachefs.cache.files import ScratchReader
 from cachefs.cache.index import IndexHandlers
 from cachefs.cache.ledger import Ledger
 from cachefs.cache.residency import Residency
 from cachefs.cache.scratch import claim_scratch, unlock_scratch
+from cachefs.cache.scratch_reader import ScratchReader
 from cachefs.cache.storage import Storage
+from cachefs.cache.tiers import Tiers
 from cachefs.errors import SourceError
 from cachefs.fs.filesystem import FileSystem
 from cachefs.metrics import Metrics
@@ -227,7 +228,7 @@ async def world(
     with _scratch(folder / "scratch") as (scratch, storage):
         source = FakeSource(path)
         tree = SourceTree(source.fd, 0.0)
-        copies = InlinePool(CopyHandlers(tree, storage).table())
+        copies = InlinePool(CopyHandlers(tree, [storage]).table())
         index_handlers = IndexHandlers(scratch.path / "index.db", storage)
         index = InlinePool(index_handlers.table())
         ledger = Ledger(scratch.fd, "lease", BOOT)
@@ -244,13 +245,15 @@ async def world(
                     ledger,
                     storage,
                     residency,
+                    ScratchReader(2, in_memory=False),
                     copies=copies,
                     index=index,
                     live_datasets=lambda: [dataset],
                     metrics=metrics,
                 )
-                fetches = Fetches(nursery, copies, storage, residency, keeper, metrics, math.inf)
-                cache = Cache(source, storage, residency, keeper, fetches, ScratchReader(2, in_memory=False), metrics)
+                tiers = Tiers([keeper])
+                fetches = Fetches(nursery, copies, tiers, residency, keeper, metrics, math.inf)
+                cache = Cache(source, tiers, residency, keeper, None, fetches, metrics)
                 filesystem = FileSystem(source, cache, nursery, ttl)
                 await residency.load(b"/source")
                 yield World(

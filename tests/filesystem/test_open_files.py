@@ -6,6 +6,7 @@ import errno
 import os
 import random
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -595,8 +596,9 @@ class Served:
         self.name = b"n" * 24
         self.storage = made.storage
         self.reader = HeldReader()
+        self.tier = SimpleNamespace(storage=self.storage, reader=self.reader)
         self.asked = []
-        self.fetch = None if resident else Fetch(self.name, b"file", self.version)
+        self.fetch = None if resident else Fetch(self.name, b"file", self.version, self.tier)
         self.staged = self.storage.stage(self.name)
         if resident:
             os.pwrite(self.staged, b"s" * size, 0)
@@ -607,8 +609,7 @@ class Served:
             self.name,
             b"file",
             self.version,
-            storage=self.storage,
-            scratch_reader=self.reader,
+            tier=self.tier,
             source_read=self.read_source,
             metrics=self.metrics,
             fd=self.storage.open(self.name) if resident else None,

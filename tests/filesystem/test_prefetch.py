@@ -12,6 +12,7 @@ import cachefs.cache.fetches as fetches_module
 import cachefs.cache.prefetch as prefetch_module
 from cachefs.cache.fetches import Fetch
 from cachefs.cache.prefetch import FETCHED, FULL, RESIDENT, Pace, Prefetch
+from cachefs.cache.tiers import Tiers
 from tests.filesystem.fakes import World, until
 from tests.filesystem.test_metadata import in_world
 
@@ -31,7 +32,7 @@ async def fetch_all(made: World, prefetch: Prefetch, names: list[str]) -> dict[b
 
 
 def make_prefetch(made: World) -> Prefetch:
-    return Prefetch(made.storage, made.residency, made.keeper, made.fetches, MOST)
+    return Prefetch(Tiers([made.keeper]), made.residency, made.fetches, MOST)
 
 
 def make_files(made: World, count: int, size: int = 100) -> list[str]:
@@ -168,7 +169,7 @@ def test_demand_that_is_over_slows_nothing(tmp_path, monkeypatch):
     async def do(made):
         fetches = made.fetches
         for seconds in (0.01, 1.0, 1.0):
-            fetch = Fetch(b"name", b"path", bytes(64))
+            fetch = Fetch(b"name", b"path", bytes(64), made.keeper)
             fetch.started -= seconds
             fetches._note_demand(fetch)
         assert fetches.demand_slowdown > 3

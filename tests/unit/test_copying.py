@@ -48,7 +48,7 @@ def tree(source):
 
 @pytest.fixture
 def fetch(tree, storage):
-    return CopyHandlers(tree, storage).table()["fetch"]
+    return CopyHandlers(tree, [storage]).table()["fetch"]
 
 
 def run(generator):
@@ -260,7 +260,7 @@ def test_an_earlier_copy_is_looked_at_by_one_at_a_time(source, tree, storage, st
             return super().open_earlier(name, boot)
 
     watched = Watched(scratch.fd, BOOT)
-    job = CopyHandlers(tree, watched).table()["fetch"]
+    job = CopyHandlers(tree, [watched]).table()["fetch"]
     checksum = xxhash.xxh3_64_digest(b"12345")
     assert run(job(NAME, b"file", version_of(tree.stat(b"file")), EARLIER_BOOT, checksum))[1][0] == REVIVED
     for fd in watched.fds:
@@ -285,7 +285,7 @@ def test_remove_says_of_each_file_what_became_of_it(tree, storage):
     for name in names:
         put(storage, name, b"12345")
     fd = storage.open(names[1])
-    job = CopyHandlers(tree, storage).table()["remove"]
+    job = CopyHandlers(tree, [storage]).table()["remove"]
     assert run(job([(names[0], BOOT), (names[1], BOOT), (b"x" * 24, BOOT)]))[1] == [5, IN_USE, GONE]
     os.close(fd)
 

@@ -162,6 +162,19 @@ def test_the_hit_rate_is_that_of_the_room():
     assert fits.found.startswith("20% of it: 50.0 GiB into 10.0 GiB")
 
 
+def test_what_a_memory_tier_would_bring():
+    """Nothing where the dataset fits scratch; else what memory there is, less a tenth."""
+    assert "would bring nothing" in row(FACTS, "memory tier").found
+    machine = FACTS.machine
+    limits = replace(machine.limits, memory_total=64 * GIB, memory_available=20 * GIB, memory_limit=None)
+    facts = replace(FACTS, machine=replace(machine, limits=limits))
+    found = row(facts, "memory tier", Capacity(size=10 * GIB)).found
+    assert found == "--memory would add up to 13.6 GiB: 47% of the dataset kept, without it 20%"
+    limits = replace(limits, memory_available=3 * GIB)
+    facts = replace(FACTS, machine=replace(machine, limits=limits))
+    assert row(facts, "memory tier", Capacity(size=10 * GIB)).found == "there is no memory for one"
+
+
 def test_no_forecast_without_a_measured_source():
     assert diagnose(with_source(several=(), silence="reading"), DEFAULT_CAPACITY, ()).forecast is None
     assert diagnose(with_source(survey=None), DEFAULT_CAPACITY, ()).forecast is None

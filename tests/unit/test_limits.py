@@ -83,3 +83,22 @@ def test_this_machine():
     assert 1 <= limits.processors <= limits.processors_of_machine
     soft, hard = limits.open_files
     assert hard is None or (soft is not None and soft <= hard)
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        (
+            "memory.limit_in_bytes",
+            {"memory.usage_in_bytes": "1000", "memory.stat": "cache 5\ntotal_inactive_file 300\n"},
+        ),
+        ("memory.max", {"memory.current": "1000\n", "memory.stat": "anon 5\ninactive_file 300\n"}),
+    ],
+)
+def test_what_counts_against_a_limit(name, files, tmp_path):
+    """Page cache that nobody uses can be taken back."""
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    assert MemoryLimit(5000, tmp_path / name).used() == 700
+    (tmp_path / "memory.stat").unlink()
+    assert MemoryLimit(5000, tmp_path / name).used() == 1000

@@ -1,0 +1,345 @@
+"""The memory tier: files on tmpfs, above scratch; what was least recently used moves down when it gets full.
+
+Invariants:
+- It holds its capacity exactly, as scratch does: by a ledger of its own, in which room is reserved first. It grants
+  none that the machine or the job's control group would need.
+- A file that moves is complete where it goes before it is removed where it was; who has it open reads on. The lock of
+  its name in scratch's staging is held meanwhile, as for a fetch, so no two mounts move or fetch it at once.
+- What it holds is in no index: it goes with the last mount. A file that has moved down is one of scratch's.
+- A reader waits for no move: a file that finds no room here at once lands in scratch.
+
+When files move:
+- down, the least recently used first, when there was no room, until there is some again, or none below;
+- down, all of them, when nothing has been fetched for a while and the mount promotes: a directory can be mounted
+  directly only from one place, and what is mounted directly costs nothing, while the page cache keeps it in memory;
+- up, what was opened in scratch four times since the least recently used file here was: not even one of them in epochs
+  of a job that opens each file once, where trading places brings nothing. For trades a small part of the capacity is
+  kept free, so that they work when everything is full.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from cachefs.cache.capacity import CapacityKeeper
+from cachefs.cache.copying import MOVED, MoveResult
+from cachefs.cache.ledger import Ledger
+from cachefs.cache.residency import Residency
+from cachefs.cache.scratch_reader import ScratchReader
+from cachefs.cache.storage import GONE, IN_USE, KEY_BYTES, Storage
+from cachefs.cache.tiers import MEMORY, SCRATCH, Tier
+from cachefs.errors import ChangedCopyError, StorageError, describe
+from cachefs.source.attributes import mtime_of, size_of
+from cachefs.workers.pool import WorkerPool
+
+log = logging.getLogger(__name__)
+
+_TRADING_SHARE, _TRADING_BYTES = 0.02, 64 * 1024 * 1024
+_FREE_SHARE, _FREE_BYTES = 0.05, 256 * 1024 * 1024
+"""So much is made free when there was no room."""
+_BATCH_FILES, _BATCH_BYTES = 8, 16 * 1024 * 1024
+_TICK_SECONDS = 1.0
+_QUIET_SECONDS = 2.0
+_SUSPEND_SECONDS = 10.0
+_USES = 4
+_FOLLOWED = 4096
+"""Files of scratch whose uses are remembered."""
+
+
+@dataclass
+class _Kept:
+    """A file that this mount has put here. `used` is the number of the open that was its last."""
+
+    name: bytes
+    path: bytes
+    version: bytes
+    checksum: bytes
+    used: int
+
+    @property
+    def size(self) -> int:
+        return size_of(self.version)
+
+
+class MemoryTier:
+    """The memory tier of one mount, of `size` bytes. `room` says how many bytes more it may take now."""
+
+    number = MEMORY
+
+    def __init__(
+        self,
+        size: int,
+        ledger: Ledger,
+        storage: Storage,
+        room: Callable[[], int],
+        below: CapacityKeeper,
+        residency: Residency,
+        copies: WorkerPool,
+    ) -> None:
+        self.size = size
+        self.storage = storage
+        self.reader = ScratchReader(1, in_memory=True)
+        self.promotes: Callable[[], bool] = lambda: False
+        """Whether the mount promotes what is completely in scratch."""
+        self.hits = self.moved_down = self.moved_up = self.dropped = 0
+        """Files."""
+        self._granted = size - int(min(size * _TRADING_SHARE, _TRADING_BYTES))
+        self._ledger = ledger
+        self._room = room
+        self._below = below
+        self._residency = residency
+        self._copies = copies
+        self._files: OrderedDict[bytes, _Kept] = OrderedDict()  # by the key of the path, the least recently used first
+        self._superseded: list[bytes] = []
+        self._opens = 0
+        self._uses: OrderedDict[bytes, deque[int]] = OrderedDict()
+        self._hot: dict[bytes, tuple[bytes, bytes]] = {}
+        self._doubles: set[bytes] = set()
+        self._wanted = 0
+        self._asked_at = 0.0
+        self._suspended_until = -math.inf
+        self._woken = trio.Event()
+
+    # What fetches need
+
+    async def try_reserve(self, size: int, *, ahead: bool = False) -> bool:
+        """At once, or not at all."""
+        self._asked_at = trio.current_time()
+        if size > self._granted or self._asked_at < self._suspended_until:
+            return False
+        if self._ledger.reserve(size, self._granted, self._room()):
+            return True
+        self._wanted = max(self._wanted, size)
+        self._woken.set()
+        return False
+
+    def settle(self, size: int) -> None:
+        self._ledger.settle(size)
+
+    def release(self, size: int) -> None:
+        self._ledger.release(size)
+
+    def doubt(self) -> None:
+        self._ledger.doubt()
+
+    def suspend(self) -> None:
+        self._suspended_until = trio.current_time() + _SUSPEND_SECONDS
+
+    def keep(self, name: bytes, path: bytes, version: bytes, checksum: bytes) -> None:
+        before = self._files.pop(name[:KEY_BYTES], None)
+        if before is not None and before.name != name:
+            self._superseded.append(before.name)
+        self._files[name[:KEY_BYTES]] = _Kept(name, path, version, checksum, self._opens)
+
+    def note_ahead(self, name: bytes, size: int) -> None:
+        """It gives way by moving down."""
+
+    # What opens need
+
+    def open(self, name: bytes, path: bytes, version: bytes) -> int | None:
+        """A descriptor of a file that is here, or None. It counts as used."""
+        self._opens += 1
+        kept = self._files.get(name[:KEY_BYTES])
+        try:
+            fd = self.storage.open_unchanged(name, size_of(version), mtime_of(version))
+        except ChangedCopyError as error:
+            log.warning("damaged copy dropped path=%r copy=%s", path, error.filename)
+            self._drop(name, size_of(version))
+            return None
+        except StorageError as error:
+            log.warning("memory tier failed path=%r copy=%s error=%r", path, name.hex(), error.strerror)
+            return None
+        if fd is None:
+            if kept is not None and kept.name == name:  # another mount has moved it
+                del self._files[name[:KEY_BYTES]]
+        elif kept is not None and kept.name == name:
+            kept.used = self._opens
+            self._files.move_to_end(name[:KEY_BYTES])
+        self.hits += fd is not None
+        return fd
+
+    def note_scratch_hit(self, name: bytes, path: bytes, version: bytes) -> None:
+        """A file of scratch was opened."""
+        uses = self._uses.pop(name, None) or deque(maxlen=_USES)
+        uses.append(self._opens)
+        self._uses[name] = uses
+        if len(self._uses) > _FOLLOWED:
+            self._uses.popitem(last=False)
+        if len(uses) == _USES and self._files and uses[0] > next(iter(self._files.values())).used:
+            self._hot[name] = path, version
+            self._woken.set()
+
+    def status(self) -> dict[str, Any]:
+        stored, files = self._ledger.stored()
+        return {
+            "capacity_bytes": self.size,
+            "files": files,
+            "bytes": stored,
+            "hits": self.hits,
+            "moved_down": self.moved_down,
+            "moved_up": self.moved_up,
+            "dropped": self.dropped,
+        }
+
+    # Moves
+
+    async def run(self) -> None:
+        """Move files for ever, one batch at a time."""
+        await self._residency.loaded.wait()
+        while True:
+            with trio.move_on_after(_TICK_SECONDS):
+                await self._woken.wait()
+            self._woken = trio.Event()
+            try:
+                self._remove_superseded()
+                await self._shrink(-self._room())
+                await self._make_room()
+                await self._trade()
+                await self._hand_down()
+            except OSError as error:
+                log.warning("files not moved error=%r", describe(error))
+                await trio.sleep(_SUSPEND_SECONDS)
+
+    def _remove_superseded(self) -> None:
+        names, self._superseded = self._superseded, []
+        for name in names:
+            freed = self.storage.remove(name)
+            if freed == IN_USE:
+                self._superseded.append(name)
+            elif freed != GONE:
+                self._ledger.remove(freed)
+
+    async def _shrink(self, size: int) -> None:
+        """Give back what the machine or the job needs more. What finds no room below is dropped."""
+        while self._files and size > 0:
+            batch = self._oldest(size)
+            size -= sum(kept.size for kept in batch)
+            if not await self._move_down(batch):
+                for kept in batch:
+                    log.info("dropped for want of memory path=%r", kept.path)
+                    self._drop(kept.name, kept.size)
+                    self.dropped += 1
+
+    async def _make_room(self) -> None:
+        if not self._wanted:
+            return
+        wanted = self._wanted + int(min(self.size * _FREE_SHARE, _FREE_BYTES))
+        self._wanted = 0
+        while self._files and (missing := wanted - self._granted + self._taken()) > 0:
+            if not await self._move_down(self._oldest(missing)):
+                return
+
+    async def _trade(self) -> None:
+        hot, self._hot = self._hot, {}
+        for name, (path, version) in hot.items():
+            known = self._residency.get(name)
+            if known is None or not self._ledger.reserve(known.size, self.size, self._room()):
+                continue
+            ((how, freed),) = await self._move([(name, version, known.checksum)], to=self)
+            if how == MOVED:
+                self.keep(name, path, version, known.checksum)
+                self.moved_up += 1
+                self._uses.pop(name, None)
+            self._note_gone_below(name, freed, is_double=how == MOVED)
+        if self._doubles:
+            names = [*self._doubles]
+            answers = await self._copies.run(("remove", [(name, self.storage.boot) for name in names]), what="move")
+            for name, freed in zip(names, answers, strict=True):
+                self._note_gone_below(name, freed, is_double=True)
+        excess = self._taken() - self._granted
+        if excess > 0:
+            await self._move_down(self._oldest(excess))
+
+    def _note_gone_below(self, name: bytes, freed: int, *, is_double: bool) -> None:
+        """What the removal in scratch of a file that has moved up came to: where it is in use it is in both still."""
+        self._doubles.discard(name)
+        if freed == IN_USE:
+            if is_double:
+                self._doubles.add(name)
+            return
+        self._residency.discard(name)
+        if freed != GONE:
+            self._below.lose(freed)
+
+    async def _hand_down(self) -> None:
+        """Bring everything to scratch, from where it can be promoted."""
+        while self._files and self.promotes() and trio.current_time() > self._asked_at + _QUIET_SECONDS:
+            if not await self._move_down(self._oldest(_BATCH_BYTES)):
+                self._asked_at = math.inf  # there is no room: until something is fetched again
+
+    def _taken(self) -> int:
+        return self._ledger.stored()[0] + self._ledger.reserved()
+
+    def _oldest(self, size: int) -> list[_Kept]:
+        """The least recently used, up to `size` bytes of them or a little more; one batch."""
+        chosen: list[_Kept] = []
+        size = min(size, _BATCH_BYTES)
+        for kept in self._files.values():
+            chosen.append(kept)
+            size -= kept.size
+            if size <= 0 or len(chosen) == _BATCH_FILES:
+                break
+        return chosen
+
+    async def _move_down(self, files: Sequence[_Kept]) -> bool:
+        """Move files to scratch, as far as there is room. Whether any has gone."""
+        batch: list[_Kept] = []
+        for kept in files:
+            if not await self._below.try_reserve(kept.size):
+                break
+            batch.append(kept)
+        has_gone = False
+        answers = await self._move([(kept.name, kept.version, kept.checksum) for kept in batch], to=self._below)
+        for kept, (how, freed) in zip(batch, answers, strict=True):
+            key = kept.name[:KEY_BYTES]
+            if how == MOVED:
+                self._below.keep(kept.name, kept.path, kept.version, kept.checksum)
+                self.moved_down += 1
+            is_known = self._files.get(key) is kept
+            if freed == IN_USE:
+                if is_known:
+                    self._files.move_to_end(key)
+                continue
+            has_gone = True
+            if is_known:
+                del self._files[key]
+            if freed != GONE:  # else another mount has moved it, and taken it off the count
+                self._ledger.remove(freed)
+        return has_gone
+
+    async def _move(self, files: list[tuple[bytes, bytes, bytes]], *, to: Tier) -> list[MoveResult]:
+        """Move files, each (name, version, checksum), for which `to` has reserved room: how it went, of each."""
+        if not files:
+            return []
+        way = (MEMORY, SCRATCH) if to.number == SCRATCH else (SCRATCH, MEMORY)
+        answers: list[MoveResult] = []
+        try:
+            answers = await self._copies.run(("move", files, *way), what="move")
+        finally:
+            for number, (name, version, _) in enumerate(files):
+                if answers and answers[number][0] == MOVED:
+                    to.settle(size_of(version))
+                elif answers or self._is_dropped(name, to):
+                    to.release(size_of(version))
+                else:  # the worker has died: it may be there, or half of it
+                    to.doubt()
+        return answers
+
+    def _is_dropped(self, name: bytes, to: Tier) -> bool:
+        """Whether nothing is left of a move whose worker has died."""
+        try:
+            return all({tier.storage.discard_staged(name) for tier in (to, self._below)}) and not to.storage.has(name)
+        except StorageError:
+            return False
+
+    def _drop(self, name: bytes, size: int) -> None:
+        self._files.pop(name[:KEY_BYTES], None)
+        if self.storage.drop(name, self.storage.boot):
+            self._ledger.remove(size)

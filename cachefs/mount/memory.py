@@ -1,0 +1,126 @@
+"""The place of the memory tier: a scratch directory of its own on tmpfs, one for each scratch, for all its mounts.
+
+Invariants:
+- It is made and purged with the means of any scratch: 0700, marked, locked, with leases. Its path is written down in
+  scratch, so that a purge of that finds it.
+- Nothing in it outlives the mounts: the last one purges it; what mounts that have died left, the next one, or whoever
+  purges scratch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from cachefs.cache.scratch import Scratch, claim_scratch
+from cachefs.config import SPARED_MEMORY_SHARE, Capacity, Settings, format_size
+from cachefs.errors import UsageError
+from cachefs.mount.limits import find_memory_limit
+from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount
+from cachefs.mount.purge import ScratchInUseError, purge
+
+_LOOK_SECONDS = 0.1
+_CHOOSE = "choose a smaller --memory"
+
+
+def memory_path(settings: Settings) -> Path:
+    """Where the memory tier of a scratch lies."""
+    digest = hashlib.blake2b(os.fsencode(settings.scratch), digest_size=6).hexdigest()
+    return settings.memory_path / f"cachefs-{os.geteuid()}-{digest}"
+
+
+def memory_size(memory: Capacity) -> int:
+    """Bytes; a share is of the memory that this process may have."""
+    if memory.size is not None:
+        return memory.size
+    return int((memory.share or 0.0) * _most())
+
+
+def _most() -> int:
+    total = int(psutil.virtual_memory().total)
+    limit = find_memory_limit(total)
+    return total if limit is None else limit.size
+
+
+def check_memory(settings: Settings) -> None:
+    """Raise CachefsError for a memory tier that cannot be."""
+    if settings.memory is None:
+        return
+    place, size = settings.memory_path, memory_size(settings.memory)
+    tier = memory_path(settings)
+    for one, other in ((settings.scratch, tier), (tier, settings.scratch)):
+        if one == other or one in other.parents:
+            raise UsageError(
+                f"scratch {settings.scratch} and the memory tier {tier} are one directory, or one is inside the other",
+                "choose another with --scratch",
+            )
+    for name, path in ("source", settings.source), ("mountpoint", settings.mountpoint):
+        if path == place or path in place.parents:
+            raise UsageError(f"the memory tier {place} is inside the {name} {path}", "choose another --memory-path")
+    try:
+        status = os.statvfs(place)
+    except OSError as error:
+        raise UsageError(
+            f"--memory-path {place} cannot be used: {error.strerror}", "name a directory on tmpfs"
+        ) from None
+    mount = containing_mount(place)
+    if mount is None or mount.fstype not in MEMORY_FSTYPES:
+        raise UsageError(
+            f"--memory-path {place} is not in memory ({mount.fstype if mount else 'unknown'})",
+            "name a directory on tmpfs, such as /dev/shm",
+        )
+    if size > (most := _most()):
+        raise UsageError(f"--memory {format_size(size)} is more than this job may have ({format_size(most)})", _CHOOSE)
+    if size > (total := status.f_blocks * status.f_frsize):
+        raise UsageError(
+            f"--memory {format_size(size)} is more than the tmpfs at {place} holds ({format_size(total)})",
+            f"{_CHOOSE}, or mount a larger tmpfs and name it with --memory-path",
+        )
+
+
+def claim_memory(settings: Settings, scratch: Scratch) -> Scratch | None:
+    """The claimed directory of the memory tier, None without one. Raises CachefsError."""
+    if settings.memory is None:
+        return None
+    path = memory_path(settings)
+    free_memory(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open("memory", flags, 0o600, dir_fd=scratch.fd), "wb") as file:
+        file.write(os.fsencode(path))
+    return claim_scratch(path)
+
+
+def free_memory(path: Path) -> None:
+    """Purge the memory tier at `path`, unless a mount uses it. Raises CachefsError."""
+    if os.path.lexists(path):
+        with suppress(ScratchInUseError):
+            purge(path)
+
+
+class MemoryRoom:
+    """How many bytes more the memory tier may take: called often, it looks seldom. `fd` is in its tmpfs."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._limit = find_memory_limit(psutil.virtual_memory().total)
+        self._looked_at = 0.0
+        self._room = 0
+
+    def __call__(self) -> int:
+        now = time.monotonic()
+        if now - self._looked_at > _LOOK_SECONDS:
+            self._looked_at = now
+            self._room = self._look()
+        return self._room
+
+    def _look(self) -> int:
+        memory, status = psutil.virtual_memory(), os.fstatvfs(self._fd)
+        rooms = [memory.available - SPARED_MEMORY_SHARE * memory.total, status.f_bavail * status.f_frsize]
+        if self._limit is not None:
+            rooms.append((1 - SPARED_MEMORY_SHARE) * self._limit.size - self._limit.used())
+        return int(min(rooms))

@@ -1,0 +1,96 @@
+"""Memory tiers that cannot be: refused in one line, before anything is mounted or made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.commands.places import Place
+from tests.harness import run_cachefs
+
+TIB = "100T"
+
+
+@pytest.fixture
+def shm() -> Path:
+    return Path("/dev/shm")
+
+
+def mount(place: Place, *options: object) -> tuple[object, ...]:
+    return ("mount", place.source, place.make("mountpoint"), "--scratch", place.scratch, *options)
+
+
+def test_larger_than_memory(own_place: Place):
+    own_place.refused(*mount(own_place, "--memory", TIB), code=2, says=("--memory 100.0 TiB is more than", "smaller"))
+
+
+def test_larger_than_the_tmpfs(own_place: Place, shm: Path):
+    status = os.statvfs(shm)
+    total, memory = status.f_blocks * status.f_frsize, psutil.virtual_memory().total
+    if total >= memory:
+        pytest.skip("the tmpfs here is as large as memory")
+    says = ("is more than the tmpfs at /dev/shm holds", "--memory-path")
+    own_place.refused(*mount(own_place, "--memory", str((total + memory) // 2)), code=2, says=says)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [("lots", "is not a capacity"), ("101%", "more than all of it"), ("-1G", "is not a capacity")]
+)
+def test_nonsense(value: str, says: str, own_place: Place):
+    own_place.refused(*mount(own_place, "--memory", value), code=2, says=says)
+
+
+def test_not_in_memory(own_place: Place):
+    place = own_place.make("disk")
+    says = (f"--memory-path {place} is not in memory", "such as /dev/shm")
+    own_place.refused(*mount(own_place, "--memory", "1M", "--memory-path", place), code=2, says=says)
+
+
+def test_not_there(own_place: Place):
+    says = ("cannot be used: No such file", "name a directory on tmpfs")
+    own_place.refused(*mount(own_place, "--memory", "1M", "--memory-path", own_place.path / "no"), code=2, says=says)
+
+
+def test_scratch_is_the_tier(own_place: Place, shm: Path):
+    """Or one is inside the other."""
+    place = own_place
+    inner = shm / f"cachefs-test-{os.getpid()}"
+    inner.mkdir(mode=0o700)
+    try:
+        options = ("--memory", "1M", "--memory-path", inner, "--scratch", inner)
+        place.refused("mount", place.source, place.make("m"), *options, code=2, says="one is inside the other")
+    finally:
+        inner.rmdir()
+
+
+def test_in_a_run(own_place: Place):
+    """It says so, and the command reads the source, as for any other mount that cannot be."""
+    options = ("--scratch", own_place.scratch, "--memory", TIB)
+    done = own_place.run("run", "--data", own_place.source, *options, "--", "echo", "it runs")
+    assert (done.returncode, done.stdout) == (0, "it runs\n")
+    assert "warning: --memory 100.0 TiB is more than this job may have" in done.stderr
+
+
+def test_somebody_elses_directory(own_place: Place, shm: Path):
+    """What lies where the tier would be is neither used nor removed."""
+    place = own_place
+    arguments = mount(place, "--memory", "1M")
+    done = place.run(*arguments)
+    assert done.returncode == 0, done.stderr
+    (tier, _) = place.status(place.path / "mountpoint")["tiers"]
+    place.do("umount", place.path / "mountpoint")
+    assert not os.path.lexists(tier["path"])
+    victim = Path(tier["path"])
+    victim.mkdir(mode=0o700)
+    (victim / "thesis").write_text("important")
+    try:
+        done = run_cachefs(*arguments, check=False)
+        assert done.returncode == 1
+        assert "is not a scratch directory of cachefs" in done.stderr
+        assert (victim / "thesis").read_text() == "important"
+    finally:
+        (victim / "thesis").unlink()
+        victim.rmdir()

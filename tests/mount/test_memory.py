@@ -1,0 +1,331 @@
+"""The memory tier: files land in memory, move down when it is full, and go with the mount."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import needs_root
+from tests.harness import detach, run_cachefs, scripted, verify, wait_until
+from tests.mount.observing import Watch, counters, opens, stored_files
+
+SIZE = 50_000
+READ_ALL = """
+import os, random, sys
+folder, seed, size = sys.argv[1:]
+dice = random.Random(int(seed))
+print("reading", flush=True)
+while True:
+    name = dice.choice(os.listdir(folder))
+    data = open(os.path.join(folder, name), "rb").read()
+    if data != random.Random(int(name)).randbytes(int(size)):
+        open(os.path.join(folder, "..", "wrong"), "w").write(name)
+"""
+
+
+@pytest.fixture
+def files(source):
+    def make(count):
+        for number in range(count):
+            (source / f"{number}").write_bytes(random.Random(number).randbytes(SIZE))
+
+    return make
+
+
+@pytest.fixture
+def tier(mounted, source, mountpoint):
+    """`tier(MEMORY FILES, SCRATCH FILES, option...)` mounts with so much room in both."""
+
+    def make(memory, scratch, *options, **keywords):
+        # 2% of the memory are kept for trades
+        sizes = ("--memory", str(int(memory * SIZE / 0.979)), "--capacity", str(scratch * SIZE))
+        keywords.setdefault("at", mountpoint)
+        return mounted(source, *sizes, *options, **keywords)
+
+    return make
+
+
+def read(cache, *numbers):
+    for number in numbers:
+        assert (cache.path / f"{number}").read_bytes() == random.Random(number).randbytes(SIZE), number
+
+
+def tiers(cache):
+    """What status says of memory and scratch."""
+    memory, scratch = counters(cache)["tiers"]
+    return memory, scratch
+
+
+def in_memory(cache):
+    return len(stored_files(Path(tiers(cache)[0]["path"])))
+
+
+def test_files_land_in_memory_and_move_down(files, tier):
+    """10 fit above, 10 below: all 20 are hits from then on, wherever they are; nothing is left at the end."""
+    files(20)
+    cache = tier(10, 10)
+    read(cache, *range(10))
+    memory, scratch = tiers(cache)
+    assert (memory["files"], memory["bytes"], scratch["files"]) == (10, 10 * SIZE, 0)
+    assert cache.resident_data_files() == []
+    read_until_full(cache, 10, 10)
+    said = counters(cache)
+    assert said["fetches"] == said["misses"] == 20
+    place = Path(said["tiers"][0]["path"])
+    assert place.stat().st_mode & 0o777 == 0o700
+    before = [tier["hits"] for tier in tiers(cache)]
+    for _ in range(2):
+        read(cache, *range(20))
+    memory, scratch = (tier["hits"] - b for tier, b in zip(tiers(cache), before, strict=True))
+    assert (memory, scratch) == (20, 20)
+    assert counters(cache)["fetches"] == 20
+    cache.unmount()
+    assert not place.exists()
+    status, words = verify(cache.scratch)
+    assert status == 0, words
+
+
+def test_the_least_recently_used_moves_down(files, tier):
+    files(14)
+    cache = tier(10, 10)
+    read(cache, *range(10))
+    read(cache, 0, 1)
+    read(cache, 10)
+    wait_until(lambda: tiers(cache)[0]["moved_down"], "one moves down")
+    wait_until(lambda: tiers(cache)[1]["files"] == 1 + tiers(cache)[0]["moved_down"], "it has")
+    before = tiers(cache)[0]["hits"]
+    read(cache, 0, 1)
+    assert tiers(cache)[0]["hits"] == before + 2, "what was used is in memory still"
+    read(cache, 2)
+    assert tiers(cache)[0]["hits"] == before + 2, "the oldest is not"
+    assert counters(cache)["fetches"] == 11
+
+
+@pytest.mark.parametrize("policy", ["hold", "lru"])
+def test_capacities_are_exact(policy, files, tier):
+    """8 readers of three times the room: neither tier ever holds more than it may."""
+    files(60)
+    cache = tier(10, 10, "--policy", policy)
+    place = Path(tiers(cache)[0]["path"])
+    order = [random.Random(reader).sample(range(60), 60) for reader in range(8)]
+    with Watch(cache.scratch) as below, Watch(place) as above, ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda numbers: read(cache, *numbers), order))
+    assert 0 < below.largest <= 10 * SIZE
+    assert 0 < above.largest <= 10.3 * SIZE
+    assert sum(opens(cache)) == 8 * 60
+
+    def is_accounted():
+        memory, scratch = tiers(cache)
+        found = stored_files(place), stored_files(cache.scratch)
+        return [(t["files"], t["bytes"]) for t in (memory, scratch)] == [(len(f), sum(f.values())) for f in found]
+
+    wait_until(is_accounted, "status says what is there")
+    assert bool(counters(cache)["evictions"]) == (policy == "lru")
+
+
+def test_moves_disturb_no_reader(files, tier, mountpoint):
+    """Files move all the time, and who reads them gets every byte; one that is open while it moves is read on."""
+    files(30)
+    cache = tier(5, 15, "--policy", "lru")
+    with (
+        scripted(READ_ALL, mountpoint, 1, SIZE, says="reading"),
+        scripted(READ_ALL, mountpoint, 2, SIZE, says="reading"),
+        open(mountpoint / "0", "rb", buffering=0) as held,
+    ):
+        wait_until(lambda: tiers(cache)[0]["moved_down"] > 100, "they move", 60)
+        assert held.read(SIZE) == random.Random(0).randbytes(SIZE)
+    assert not (mountpoint.parent / "wrong").exists()
+    assert counters(cache)["bypasses"] == 0
+
+
+def test_what_is_hot_moves_up(files, tier):
+    """Under hold, with both tiers full: a file of scratch that is read again and again trades places."""
+    files(70)
+    cache = tier(60, 10)
+    read_until_full(cache, 60, 10)
+    hot = next(number for number in range(70) if is_below(cache, number))
+    for _ in range(6):
+        read(cache, hot)
+    wait_until(lambda: tiers(cache)[0]["moved_up"] == 1, "it moves up")
+    wait_until(lambda: [t["files"] for t in tiers(cache)] == [60, 10], "another has moved down")
+    before, fetches = tiers(cache)[0]["hits"], counters(cache)["fetches"]
+    read(cache, hot)
+    assert tiers(cache)[0]["hits"] == before + 1
+    for epoch in range(4):
+        read(cache, *random.Random(epoch).sample(range(70), 70))
+    assert tiers(cache)[0]["moved_up"] == 1, "epochs move nothing"
+    assert counters(cache)["fetches"] == fetches == 70
+
+
+def read_until_full(cache, memory, scratch):
+    def is_full():
+        read(cache, *range(memory + scratch))  # what is opened in the middle of a move may find room in neither
+        return [t["files"] for t in tiers(cache)] == [memory, scratch]
+
+    wait_until(is_full, "both are full")
+
+
+def is_below(cache, number):
+    before = tiers(cache)[1]["hits"]
+    read(cache, number)
+    return tiers(cache)[1]["hits"] > before
+
+
+def test_a_full_tmpfs(files, mounted, source, mountpoint, tmp_path_factory):
+    """Somebody else fills it while it runs: files land in scratch, and no reader sees an error."""
+    if os.geteuid():
+        pytest.skip("mounting a tmpfs takes root")
+    files(30)
+    place = tmp_path_factory.mktemp("tmpfs")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], check=True)
+    try:
+        cache = mounted(source, "--memory", "3M", "--memory-path", place, at=mountpoint)
+        cache.expect_log("fetch failed|memory tier|not moved")
+        read(cache, *range(5))
+        assert tiers(cache)[0]["files"] == 5
+        with open(place / "filler", "wb", buffering=0) as filler, suppress(OSError):
+            while True:
+                filler.write(bytes(10_000))
+        read(cache, *range(30))
+        read(cache, *range(30))
+        assert tiers(cache)[1]["files"] >= 20
+        cache.unmount()
+        assert os.listdir(place) == ["filler"]
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.parametrize("then", ["mount", "purge", "run"])
+def test_what_a_crash_leaves_is_reclaimed(then, files, tier, source, mountpoint):
+    files(5)
+    cache = tier(10, 10)
+    read(cache, *range(5))
+    place = Path(tiers(cache)[0]["path"])
+    cache.kill()
+    detach(cache.path)
+    assert len(stored_files(place)) == 5
+    if then == "mount":
+        again = tier(10, 10)
+        assert tiers(again)[0]["files"] == 0
+        read(again, *range(5))
+        again.unmount()
+    elif then == "purge":
+        run_cachefs("purge", "--scratch", cache.scratch)
+    else:
+        run_cachefs("run", "--data", source, "--scratch", cache.scratch, "--", "true")
+    assert not place.exists()
+
+
+def test_it_is_removed(files, tier):
+    """By one who cleans up: files are fetched again, into scratch."""
+    files(10)
+    cache = tier(20, 20)
+    cache.expect_log("fetch failed|memory tier|not freed|not moved|has been removed")
+    read(cache, *range(5))
+    shutil.rmtree(tiers(cache)[0]["path"])
+    read(cache, *range(10))
+    read(cache, *range(10))
+    wait_until(lambda: tiers(cache)[1]["files"] >= 5, "they are fetched again")
+    cache.unmount()
+
+
+def test_a_copy_that_was_changed(files, tier):
+    files(3)
+    cache = tier(10, 10)
+    read(cache, *range(3))
+    cache.must_log("damaged copy dropped")
+    for path in stored_files(Path(tiers(cache)[0]["path"])):
+        with open(path, "r+b") as file:
+            file.write(b"!")
+    read(cache, *range(3))
+    assert counters(cache)["fetches"] == 6
+    assert tiers(cache)[0]["files"] == 3
+
+
+def test_a_changed_source(files, tier, source):
+    """A new version is fetched, and the old one gives its room back."""
+    files(5)
+    cache = tier(10, 10, "--metadata-ttl", "0")
+    read(cache, *range(5))
+    for number in range(5):
+        (source / f"{number}").write_bytes(random.Random(number + 100).randbytes(SIZE))
+    for number in range(5):
+        assert (cache.path / f"{number}").read_bytes() == random.Random(number + 100).randbytes(SIZE)
+    wait_until(lambda: tiers(cache)[0]["files"] == 5, "the old ones go")
+
+
+def test_two_mounts_share_it(files, tier, mounted, source, mountpoint, tmp_path):
+    """Each file is fetched once, and it is freed by the last."""
+    files(10)
+    other = tmp_path / "other"
+    other.mkdir()
+    one, two = tier(20, 20), tier(20, 20, at=other)
+    read(one, *range(10))
+    read(two, *range(10))
+    assert counters(one)["fetches"] + counters(two)["fetches"] == 10
+    place = Path(tiers(one)[0]["path"])
+    one.unmount()
+    assert place.exists()
+    read(two, *range(10))
+    assert counters(two)["fetches"] == 0
+    two.unmount()
+    assert not place.exists()
+
+
+@needs_root
+def test_promotion_brings_files_down(files, tier, mountpoint):
+    """A directory can be mounted directly from scratch alone: where there is room it is brought together there."""
+    files(20)
+    cache = tier(10, 30, env={"CACHEFS_NO_PROMOTE": "0"})
+    os.listdir(mountpoint)
+    read(cache, *range(20))
+    wait_until(lambda: counters(cache)["promoted_files"] == 20, "all is promoted", 60)
+    requests = counters(cache)["requests"]
+    read(cache, *range(20))
+    assert counters(cache)["requests"] == requests
+    assert tiers(cache)[0]["files"] == 0
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "umount --purge"])
+def test_the_end(how, files, tier):
+    files(3)
+    cache = tier(10, 10)
+    read(cache, *range(3))
+    place = Path(tiers(cache)[0]["path"])
+    if how == "SIGTERM":
+        cache.processes[0].terminate()
+        wait_until(lambda: not cache.is_mounted(), "it unmounts")
+        wait_until(lambda: not cache.processes[0].is_running(), "it ends")
+    else:
+        cache.unmount("--purge")
+        assert not cache.scratch.exists()
+    assert not place.exists()
+
+
+def test_a_run_frees_it(files, source, tmp_path):
+    files(3)
+    script = "cat 0 1 2 | wc -c; ls /dev/shm | grep -c cachefs-"
+    done = run_cachefs(
+        "run",
+        "--data",
+        source,
+        "--memory",
+        "10M",
+        "--scratch",
+        tmp_path / "scratch",
+        "--",
+        "sh",
+        "-c",
+        script,
+        cwd=source,
+    )
+    assert done.stdout.split()[0] == str(3 * SIZE)
+    assert int(done.stdout.split()[1]) >= 1
+    assert not (tmp_path / "scratch").exists()
