@@ -94,7 +94,7 @@ class Settings:
     memory: Capacity | None = None
     """Of the memory tier; a share is of the memory that the job may have."""
     memory_path: Path = DEFAULT_MEMORY_PATH
-    policy: str = "hold"
+    policy: str = "auto"
     prefetch: str = "auto"
     metadata_ttl: float = 3600.0
     source_timeout: float = 120.0

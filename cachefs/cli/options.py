@@ -98,9 +98,9 @@ _MOUNT_OPTIONS = (
     option(
         "--policy",
         type=click.Choice(config.POLICIES),
-        default="hold",
+        default="auto",
         help="When scratch is full: keep what is there, evict the least recently used, or whichever of the two would "
-        "hit more [default: hold]",
+        "hit more [default: auto]",
     ),
     option(
         "--prefetch",

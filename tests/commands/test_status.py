@@ -61,7 +61,7 @@ def test_of_one_mount(place: Place):
     place.read_as_user(at / "one")
     wait_until(lambda: place.status(at)["resident_files"] == 1, "the file is resident")
     text = place.do("status", at)
-    for words in str(at), str(place.scratch), "policy", "hold", "1000 B", "misses", "not known yet":
+    for words in str(at), str(place.scratch), "policy", "auto", "hold", "1000 B", "misses", "not known yet":
         assert words in text.replace("\n", "")
     place.do("umount", at)
 

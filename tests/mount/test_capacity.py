@@ -46,7 +46,7 @@ def kinds_of(cache, numbers):
 def test_hold_keeps_what_is_there(source, mounted, mountpoint):
     """Semantics 8: under hold a full scratch stays as it is; the rest is bypassed, right, and counted."""
     make_files(source, 15)
-    cache = mounted(source, "--capacity", TEN_FILES, at=mountpoint)
+    cache = mounted(source, "--capacity", TEN_FILES, "--policy", "hold", at=mountpoint)
     assert kinds_of(cache, range(15)) == ["miss"] * 10 + ["bypass"] * 5
     assert kinds_of(cache, range(15)) == ["hit"] * 10 + ["bypass"] * 5
     said = counters(cache)
