@@ -20,7 +20,7 @@ from cachefs.cli.printing import complain
 from cachefs.errors import CachefsError
 
 CONFIG_VARIABLE = "CACHEFS_CONFIG"
-COMMANDS = ("run", "mount", "umount", "status", "warm", "verify", "purge", "doctor", "demo")
+COMMANDS = ("run", "mount", "umount", "status", "warm", "verify", "purge", "doctor", "bench", "demo")
 """Each is a function of the module of the same name, here in the order of the help."""
 
 

@@ -1,0 +1,57 @@
+"""What follows from the measurements: how many workers, and whether a cache brings anything. Only arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cachefs.bench.trial import DIRECT, LATER, Measurement
+
+CLOSE = 0.9
+"""So much of the best rate is as good as the best: more workers take memory and processors from the training."""
+WORTH_IT = 1.2
+"""A later epoch that is faster by less than this is no reason for a cache (as in `cachefs doctor`)."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """`workers` is num_workers for what is recommended: with a cache or, if it `is_worth_it` not, without.
+
+    `direct_workers` is what reading directly would want; the rates are in files/s, the best of each way.
+    """
+
+    workers: int
+    direct_workers: int
+    direct_rate: float
+    later_rate: float
+
+    @property
+    def speed_up(self) -> float:
+        return self.later_rate / self.direct_rate if self.direct_rate else 1.0
+
+    @property
+    def is_worth_it(self) -> bool:
+        return self.speed_up >= WORTH_IT
+
+
+def recommend(measurements: Iterable[Measurement]) -> Recommendation:
+    """From rates of `direct` and `later epochs`. ValueError without any of one."""
+    rates: dict[str, dict[int, float]] = {DIRECT: {}, LATER: {}}
+    for each in measurements:
+        if each.way in rates:
+            rates[each.way][each.workers] = each.rate
+    direct, later = rates[DIRECT], rates[LATER]
+    best_direct, best_later = max(direct.values()), max(later.values())
+    direct_workers, workers = fewest_close(direct), fewest_close(later)
+    made = Recommendation(workers, direct_workers, best_direct, best_later)
+    return made if made.is_worth_it else Recommendation(direct_workers, direct_workers, best_direct, best_later)
+
+
+def fewest_close(rates: Mapping[int, float]) -> int:
+    """The smallest number of workers whose rate is close to the best.
+
+    0 only if nothing else was tried: it loads between the steps of the training, all others meanwhile.
+    """
+    beside = {workers: rate for workers, rate in rates.items() if workers} or dict(rates)
+    best = max(beside.values())
+    return min(workers for workers, rate in beside.items() if rate >= CLOSE * best)

@@ -1,0 +1,298 @@
+"""A sample of the user's files, read with several numbers of workers: directly, then through a mount of its own.
+
+Invariants:
+
+- Direct readings and first epochs each read a part of the sample of their own, of like sizes, so that none warms
+  another; where there are too few files for that, `Sample.is_shared` says so.
+- Later epochs read what is resident, with the page cache of scratch dropped: it comes from scratch's disk.
+- Whatever happens, no mount, process or file of it is left: scratch is new, and lies in a folder that goes with it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cachefs.bench.reader import Found
+from cachefs.bench.session import Session
+from cachefs.errors import CachefsError, describe
+
+DIRECT, FIRST, LATER = "direct", "first epoch", "later epochs"
+WAYS = (DIRECT, FIRST, LATER)
+LARGEST_FILE = 64 << 20
+"""Larger files are left out: reading one takes longer than all of a measurement may."""
+_LARGEST_SAMPLE = 4 << 30
+_ROOM_SHARE = 0.25
+_FEWEST_FILES = 8
+"""In a part of the sample. If there are fewer, all parts are the same files."""
+_FIND_SECONDS, _ANSWER_SECONDS = 3.0, 60.0
+_PROMOTION_SECONDS, _LOOK_SECONDS = 25.0, 0.5
+_MOST_PASSES = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to try. `place` is where a folder for scratch and, with `is_beside`, for the mountpoint can be made: the
+    mount is then not over the source. `stop` is a descriptor that can be read when the trial is to end."""
+
+    source: Path
+    place: Path
+    workers: tuple[int, ...]
+    seconds: float
+    files: int
+    seed: int
+    is_beside: bool
+    stop: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is read. `is_shared`: each reading has read the same files, because there are few."""
+
+    found: Found
+    parts: tuple[tuple[str, ...], ...]
+    bytes: int
+    is_shared: bool
+    decodes: bool
+
+    @property
+    def files(self) -> int:
+        return len(self.found.files)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One reading. `cached` files were in the page cache all the same; `failed` could not be read, for `reason`."""
+
+    way: str
+    workers: int
+    seconds: float
+    files: int
+    bytes: int
+    failed: int = 0
+    reason: str = ""
+    cached: int = 0
+    decoded: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Files a second."""
+        return self.files / self.seconds if self.seconds else 0.0
+
+    def plus(self, other: Measurement) -> Measurement:
+        """Both together, as one that took longer."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("files", "bytes", "failed", "cached")}
+        return replace(
+            self, seconds=self.seconds + other.seconds, decoded=self.decoded + other.decoded,
+            reason=self.reason or other.reason, **sums,
+        )  # fmt: skip
+
+
+class Trial:
+    """Use it as a context, which finds the sample and cleans up; `measurements` reads it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._stack = ExitStack()
+        self.is_promoted = False
+        """Whether later epochs were served from scratch directly, without the daemon."""
+
+    def __enter__(self) -> Trial:
+        with ExitStack() as stack:
+            self._folder = _new_folder(self._plan.place)
+            stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            self._direct = stack.enter_context(Session([], self._plan.stop))
+            self.sample = self._find_sample()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        self._stack.__exit__(*reason)
+
+    def measurements(self) -> Iterator[Measurement]:
+        """As they are made. Raises CachefsError, and StoppedError."""
+        measuring = self._measure()
+        self._stack.callback(measuring.close)  # who stops in the middle does not, and its folder is to go after it
+        return measuring
+
+    def _measure(self) -> Generator[Measurement, None, None]:
+        counts, parts = self._plan.workers, self.sample.parts
+        for workers, part in zip(counts, parts, strict=False):
+            yield self._read(self._direct, self._plan.source, DIRECT, workers, part)
+        with Session(self._run(), self._plan.stop) as mounted:
+            root = self._mountpoint
+            self._find(mounted, root)  # a loader lists first, and directly it has been listed too
+            (unpromoted,) = mounted.ask("devices", _ANSWER_SECONDS, root=os.fspath(root), paths=[""])
+            resident: list[str] = []
+            firsts = (
+                [(counts[-1], parts[0])] if self.sample.is_shared else zip(counts, parts[len(counts) :], strict=True)
+            )
+            for workers, part in firsts:
+                measured = self._read(mounted, root, FIRST, workers, part)
+                resident += part[: measured.files + measured.failed]
+                yield measured
+            if self.sample.found.is_all and self._complete(mounted, root, unpromoted):
+                resident = [path for path, _ in self.sample.found.files]
+            for workers in counts:
+                yield self._read_later(mounted, root, workers, resident)
+
+    @property
+    def _mountpoint(self) -> Path:
+        return self._folder / "mount" if self._plan.is_beside else self._plan.source
+
+    def _run(self) -> list[str]:
+        """What a user would type before the command; nothing is fetched that is not in the sample."""
+        data = os.fspath(self._plan.source)
+        if self._plan.is_beside:
+            self._mountpoint.mkdir()
+            data = f"{data}:{self._mountpoint}"
+        scratch = os.fspath(self._folder / "scratch")
+        options = ["--strict", "--data", data, "--scratch", scratch, "--prefetch", "off", "--"]
+        return [sys.executable, "-m", "cachefs", "--config", os.devnull, "run", *options]
+
+    def _find_sample(self) -> Sample:
+        plan = self._plan
+        found = self._find(self._direct, plan.source)
+        if not found.files:
+            raise _nothing_to_read(plan.source, found)
+        room = min(_LARGEST_SAMPLE, int(_available(self._folder) * _ROOM_SHARE))
+        files = _within(found.files, room)
+        if not files:
+            raise CachefsError(f"there is no room in {plan.place}", "choose another with --scratch")
+        is_whole = found.is_all and len(files) == len(found.files)
+        parts = share_out(files, 2 * len(plan.workers), plan.seed)
+        is_shared = min(map(len, parts)) < _FEWEST_FILES
+        if is_shared:
+            parts = [[path for path, _ in files]] * len(plan.workers)
+        return Sample(
+            replace(found, files=files, is_all=is_whole),
+            tuple(map(tuple, parts)),
+            sum(size for _, size in files),
+            is_shared,
+            bool(self._direct.ask("can decode", _ANSWER_SECONDS)),
+        )
+
+    def _find(self, session: Session, root: Path) -> Found:
+        plan = self._plan
+        limits = {"seconds": _FIND_SECONDS, "most": plan.files, "largest": LARGEST_FILE, "seed": plan.seed}
+        return Found(**session.ask("find", _ANSWER_SECONDS, root=os.fspath(root), **limits))
+
+    def _read(self, session: Session, root: Path, way: str, workers: int, paths: Sequence[str]) -> Measurement:
+        """Raises CachefsError if nothing at all could be read."""
+        seconds = self._plan.seconds
+        said = session.ask(
+            "read", seconds + _ANSWER_SECONDS, root=os.fspath(root), paths=paths, workers=workers, seconds=seconds,
+            decode=self.sample.decodes,
+        )  # fmt: skip
+        if not said["files"]:
+            raise CachefsError(
+                f"no file of {self._plan.source} can be read: {said['reason'] or 'none in time'}",
+                "check its permissions",
+            )
+        return Measurement(way, workers, **said)
+
+    def _read_later(self, session: Session, root: Path, workers: int, paths: Sequence[str]) -> Measurement:
+        """Some passes, until they took as long together as a measurement may: one of few files is over soon."""
+        measured: Measurement | None = None
+        for _ in range(_MOST_PASSES):
+            drop_page_cache(self._folder / "scratch" / "files")
+            one = self._read(session, root, LATER, workers, paths)
+            measured = one if measured is None else measured.plus(one)
+            if measured.seconds >= self._plan.seconds:
+                break
+        assert measured is not None
+        return measured
+
+    def _complete(self, session: Session, root: Path, unpromoted: int) -> bool:
+        """Read what has not been read yet, and wait until all of it is mounted from scratch, if it is to be. False if
+        there is too little time for that."""
+        everything = [path for path, _ in self.sample.found.files]
+        said = session.ask(
+            "read", self._plan.seconds + _ANSWER_SECONDS, root=os.fspath(root), paths=everything,
+            workers=max(self._plan.workers), seconds=self._plan.seconds, decode=False,
+        )  # fmt: skip
+        if said["files"] < len(everything):
+            return False
+        deadline = time.monotonic() + (0 if self._plan.is_beside else _PROMOTION_SECONDS)
+        while not self.is_promoted and time.monotonic() < deadline:
+            seen = session.ask("devices", _ANSWER_SECONDS, root=os.fspath(root), paths=everything)
+            self.is_promoted = unpromoted not in seen
+            time.sleep(0 if self.is_promoted else _LOOK_SECONDS)
+        return True
+
+
+def share_out(files: Sequence[tuple[str, int]], parts: int, seed: int) -> list[list[str]]:
+    """Deal the files out to `parts` lists of like numbers and sizes, each in random order."""
+    draw = random.Random(seed)
+    by_size = sorted(files, key=lambda file: file[1])
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    for start in range(0, len(by_size), parts):
+        group = by_size[start : start + parts]
+        for share, (path, _) in zip(draw.sample(shares, len(group)), group, strict=True):
+            share.append(path)
+    for share in shares:
+        draw.shuffle(share)
+    return shares
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Of the files below `folder`; what was written to them is written out first."""
+    for path in folder.rglob("*"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # evicted or renamed since
+            continue
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            pass
+        finally:
+            os.close(fd)
+
+
+def _new_folder(place: Path) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="cachefs-bench-", dir=place))
+    except OSError as error:
+        raise CachefsError(
+            f"no folder for the trial can be made in {place}: {describe(error)}", "choose another with --scratch"
+        ) from None
+
+
+def _within(files: Sequence[tuple[str, int]], room: int) -> list[tuple[str, int]]:
+    """As many from the beginning as have room."""
+    kept, taken = [], 0
+    for path, size in files:
+        taken += size
+        if taken > room:
+            break
+        kept.append((path, size))
+    return kept
+
+
+def _available(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def _nothing_to_read(source: Path, found: Found) -> CachefsError:
+    if found.too_large:
+        return CachefsError(
+            f"every file of {source} is larger than {LARGEST_FILE >> 20} MiB, which is too long to read several of",
+            f"cachefs doctor {source} measures large files",
+        )
+    if found.empty:
+        return CachefsError(f"all files of {source} are empty", "name a directory with data")
+    if found.unreadable_directories:
+        return CachefsError(f"directories of {source} cannot be listed, and nothing else is in it", "check permissions")
+    return CachefsError(f"there is no file in {source}", "check that its file system is mounted on this machine")

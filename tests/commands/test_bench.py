@@ -1,0 +1,330 @@
+"""`cachefs bench`: what it measures and recommends, what it refuses, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cachefs.bench.recommendation import fewest_close, recommend
+from cachefs.bench.trial import DIRECT, FIRST, LARGEST_FILE, LATER, Measurement, share_out
+from cachefs.demo.dataset import make_dataset
+from cachefs.demo.slow_source import SlowSource
+from tests.commands.places import Place
+from tests.conftest import needs_root
+from tests.harness import CACHEFS, mounts_everywhere, wait_until
+
+FILES, SIZE, LATENCY = 96, 8_000, 0.02
+BRIEF = ("--workers", "0,2", "--seconds", "0.5")
+
+
+@pytest.fixture
+def slow(place: Place, slow_source: Callable[..., SlowSource]) -> SlowSource:
+    """A slow source of JPEG files, for the place's user."""
+    backing = place.make("backing")
+    make_dataset(backing, files=FILES, classes=3, mean_bytes=SIZE)
+    others = {"allow_other": True} if place.user.uid != os.geteuid() else {}
+    return slow_source(backing, latency=LATENCY, **others)
+
+
+def try_out(place: Place, *arguments: object, **keywords: object) -> subprocess.CompletedProcess[str]:
+    """Run the command, which must work and leave everything as it was."""
+    before = place.snapshot()
+    done = place.run("bench", *arguments, **keywords)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert_nothing_is_left(place, before)
+    return done
+
+
+def assert_nothing_is_left(place: Place, before: dict[str, object]) -> None:
+    wait_until(lambda: place.snapshot()["processes"] == before["processes"], "no new process")
+    assert place.snapshot() == before
+    assert mounts_everywhere(place.path) == []
+
+
+def rows(text: str) -> dict[int, list[str]]:
+    """The table by the number of workers: direct, first epoch, later epochs, ratio, MB/s."""
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    return {int(row[0]): row[1:] for row in cells}
+
+
+def rate(cell: str) -> float:
+    return float(cell.replace(",", ""))
+
+
+def test_a_slow_source(place: Place, slow: SlowSource):
+    done = try_out(place, slow.path, *BRIEF, "--scratch", place.scratch)
+    assert f"Reading all of {FILES} files in {slow.path}" in done.stdout
+    table = rows(done.stdout)
+    assert sorted(table) == [0, 2]
+    for direct, first, later, ratio, _ in table.values():
+        assert rate(later) > rate(direct) > 0
+        assert rate(first) > 0
+        assert float(ratio.removesuffix(" x")) > 1
+    assert "what its file server has cached is not known" in done.stdout
+    bars = re.findall(r"^ *(direct|first epoch|later epochs), +(\d) workers +[\d,.]+  █+$", done.stdout, re.MULTILINE)
+    assert bars == [(way, workers) for way in (DIRECT, FIRST, LATER) for workers in ("0", "2")]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("  cachefs run "))
+    command, _, advice = line.partition("        ")
+    assert advice.startswith("with num_workers=2,")
+    expected = ["cachefs", "run", "--data", str(slow.path), "--scratch", str(place.scratch), "--", "python", "train.py"]
+    assert shlex.split(command) == expected
+
+
+def test_a_sample_of_it(place: Place, slow: SlowSource):
+    slow.reset()
+    done = try_out(place, slow.path, *BRIEF, "--files", "40", env={"CACHEFS_SCRATCH": str(place.scratch)})
+    assert f"Reading a sample of 40, of {FILES} files or more, in {slow.path}" in done.stdout
+    opened = [path for path, counts in slow.statistics().files.items() if counts.opens and path.endswith(b".jpg")]
+    assert len(opened) <= 40, "nothing is fetched that is not in the sample"
+    assert "--scratch" not in next(line for line in done.stdout.splitlines() if line.startswith("  cachefs run "))
+    assert "Later epochs were served by the daemon" in done.stdout
+
+
+def test_files_that_are_all_there_are_served_from_scratch(own_place: Place):
+    """Where we may mount. Read directly they are as fast, and it says so."""
+    place = own_place
+    make_dataset(place.source, files=60, classes=2, mean_bytes=SIZE)
+    done = try_out(place, place.source, *BRIEF, "--scratch", place.scratch)
+    assert "Later epochs were served from scratch directly, because all files are there." in done.stdout
+    if "brings little" in done.stdout:
+        assert re.search(r"^  python train.py +with num_workers=2,", done.stdout, re.MULTILINE)
+
+
+def test_few_files(place: Place):
+    done = try_out(place, place.source, *BRIEF, "--scratch", place.scratch)
+    assert "There are few files" in done.stdout
+    assert "none is an image" in done.stdout
+    assert [row[1] != "" for _, row in sorted(rows(done.stdout).items())] == [False, True]
+
+
+def test_the_settings_of_mounts_do_not_count(own_place: Place):
+    """Neither those of the environment nor those of the file: it measures what the line to type brings."""
+    place = own_place
+    settings = {"CACHEFS_KEEP": "1", "CACHEFS_CAPACITY": "0", "CACHEFS_DATA": "/nowhere", "CACHEFS_NO_PROMOTE": "1"}
+    done = try_out(place, place.source, *BRIEF, "--scratch", place.scratch, env=settings)
+    assert "Later epochs were served from scratch directly" in done.stdout
+
+
+def test_files_that_fail_are_told(ordinary_place: Place):
+    place = ordinary_place
+    (place.source / "one").chmod(0)
+    done = try_out(place, place.source, *BRIEF, "--scratch", place.scratch)
+    assert "Permission denied" in done.stdout
+    assert "Reading failed" in done.stdout
+
+
+def test_a_chart(own_place: Place):
+    pytest.importorskip("matplotlib")
+    place = own_place
+    for name in "chart.png", "chart.svg":
+        done = place.run("bench", place.source, *BRIEF, "--scratch", place.scratch, "--chart", place.path / name)
+        assert done.returncode == 0, done.stderr
+        assert f"Drawn: {place.path / name}" in done.stdout
+        assert (place.path / name).stat().st_size > 1000
+
+
+def test_ascii_output(own_place: Place):
+    place = own_place
+    done = try_out(place, place.source, *BRIEF, "--scratch", place.scratch, env={"PYTHONIOENCODING": "ascii"})
+    assert done.stdout.isascii()
+    assert " ##" in done.stdout
+
+
+@needs_root
+@pytest.mark.parametrize("whose", ["own", "foreign"])
+def test_where_only_fusermount3_mounts(ordinary_place: Place, whose: str):
+    """The mount is beside the source then, which need not be the user's own."""
+    place = ordinary_place
+    if whose == "foreign":
+        os.chown(place.source, 0, 0)
+    options = (*BRIEF, "--scratch", place.scratch)
+    mounts = ("--mount", "--propagation", "unchanged")
+    done = place.run_with_namespaces_limited(*CACHEFS, "bench", place.source, *options, unshare=mounts)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert "Later epochs were served by the daemon" in done.stdout
+    if "cachefs run" in done.stdout:
+        assert (f"--data {place.source}:DIR" in done.stdout) == (whose == "foreign")
+    assert not [path for path in place.path.iterdir() if path.name.startswith("cachefs-bench-")]
+
+
+class TestRefused:
+    def test_what_is_no_source(self, place: Place):
+        options = (*BRIEF, "--scratch", place.scratch)
+        place.refused("bench", place.path / "missing", *options, says=f"there is no source {place.path / 'missing'}")
+        place.refused("bench", place.source / "one", *options, says="is not a directory")
+        place.refused("bench", "", *options, code=2, says="the path is empty")
+
+    def test_nothing_to_read(self, place: Place):
+        options = (*BRIEF, "--scratch", place.scratch)
+        empty = place.make("empty")
+        place.refused("bench", empty, *options, says=f"there is no file in {empty}")
+        place.write(empty / "nothing", "")
+        place.refused("bench", empty, *options, says=f"all files of {empty} are empty")
+        os.truncate(empty / "nothing", LARGEST_FILE + 1)
+        place.refused("bench", empty, *options, says=("is larger than 64 MiB", f"cachefs doctor {empty}"))
+
+    def test_no_readable_file(self, ordinary_place: Place):
+        place = ordinary_place
+        for path in place.source / "one", place.source / "sub" / "two":
+            path.chmod(0)
+        says = f"no file of {place.source} can be read: Permission denied"
+        place.refused("bench", place.source, *BRIEF, "--scratch", place.scratch, says=says)
+
+    def test_a_closed_source(self, ordinary_place: Place):
+        place = ordinary_place
+        closed = place.make("closed", mode=0)
+        says = f"source {closed} is not readable by this user"
+        place.refused("bench", closed, *BRIEF, "--scratch", place.scratch, says=says)
+        place.make("closed")
+
+    def test_a_source_inside_scratch_and_the_reverse(self, place: Place):
+        place.refused("bench", place.source / "sub", "--scratch", place.source, says="is inside scratch")
+        place.refused("bench", place.source, "--scratch", place.source / "sub" / "scratch", says="is inside the source")
+
+    def test_scratch_that_cannot_be(self, ordinary_place: Place):
+        says = "no folder for the trial can be made in /usr: Permission denied"
+        ordinary_place.refused("bench", ordinary_place.source, "--scratch", "/usr/scratch", says=says)
+        says = "no folder for the trial can be made in /missing: No such file or directory"
+        ordinary_place.refused("bench", ordinary_place.source, "--scratch", "/missing/scratch", says=says)
+
+    def test_a_mount_of_ours(self, place: Place):
+        at = place.mount()
+        done = place.run("bench", at, *BRIEF, "--scratch", place.path / "other")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"source {at} is cached already" in done.stderr
+        assert done.stderr.count("\n") == 1
+        place.do("umount", at)
+
+    @pytest.mark.parametrize(
+        ("option", "value", "says"),
+        [
+            ("--workers", "four", "is not a list of numbers"),
+            ("--workers", "1,-1", "is not from 0 to 64"),
+            ("--workers", "1000", "is not from 0 to 64"),
+            ("--seconds", "0", "not in the range"),
+            ("--files", "0", "not in the range"),
+            ("--chart", "chart.txt", "is not a name of a picture"),
+            ("--chart", "/nowhere/chart.png", "cannot be written"),
+        ],
+    )
+    def test_bad_values(self, own_place: Place, option: str, value: str, says: str):
+        own_place.refused("bench", own_place.source, option, value, code=2, says=says)
+
+    def test_a_source_whose_reads_fail(self, own_place: Place, slow_source: Callable[..., SlowSource]):
+        slow = slow_source(own_place.source)
+        slow.fail(op="read", errno="EIO")
+        before = own_place.snapshot()
+        done = own_place.run("bench", slow.path, *BRIEF, "--scratch", own_place.scratch)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"cachefs: no file of {slow.path} can be read: Input/output error: check its permissions\n"
+        )
+        assert_nothing_is_left(own_place, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("when", ["reading directly", "mounting", "reading through the mount"])
+def test_interrupted(place: Place, slow: SlowSource, number: signal.Signals, when: str):
+    pipe = subprocess.PIPE
+    before = place.snapshot()
+    seconds = "30" if when == "reading directly" else "0.3"
+    options = ("--workers", "0,2", "--seconds", seconds, "--scratch", place.scratch)
+    slow.reset()
+    process = place.start("bench", slow.path, *options, stdout=pipe, stderr=pipe)
+    ours = psutil.Process(process.pid)
+
+    def began() -> bool:
+        if when == "reading directly":
+            return slow.statistics().operations.get("read", 0) >= 1
+        if when == "mounting":
+            return any("run" in command for command in map(command_of, children(ours)))
+        return bool(mounts_everywhere(place.path))
+
+    wait_until(began, when)
+    started = children(ours)
+    assert started
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said + errors
+    assert errors == "cachefs: interrupted: nothing is left\n"
+    wait_until(lambda: not any(child.is_running() for child in started), "its processes end")
+    assert_nothing_is_left(place, before)
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended
+        return []
+
+
+def test_who_is_killed_takes_its_readers_along(own_place: Place, slow_source: Callable[..., SlowSource]):
+    make_dataset(own_place.source, files=FILES, classes=3, mean_bytes=SIZE)
+    slow = slow_source(own_place.source, latency=LATENCY)
+    slow.reset()
+    options = ("--workers", "2", "--seconds", "30", "--scratch", own_place.scratch)
+    process = own_place.start("bench", slow.path, *options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: slow.statistics().operations.get("read", 0) >= 1, "it reads")
+    started = children(psutil.Process(process.pid))
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(child.is_running() for child in started), "its processes end", seconds=60)
+
+
+@pytest.fixture
+def measured() -> Callable[..., list[Measurement]]:
+    def make(direct: dict[int, float], later: dict[int, float]) -> list[Measurement]:
+        rates = [(DIRECT, direct), (FIRST, {0: 10_000.0}), (LATER, later)]
+        return [Measurement(way, k, 10.0, round(10 * rate), 1) for way, of in rates for k, rate in of.items()]
+
+    return make
+
+
+class TestRecommendation:
+    def test_the_fewest_workers_that_are_about_the_best(self, measured: Callable[..., list[Measurement]]):
+        advice = recommend(measured({0: 10, 1: 10, 4: 35, 8: 70}, {0: 900, 1: 800, 2: 1000, 4: 1100, 8: 1050}))
+        assert advice.workers == 2
+        assert advice.direct_workers == 8
+        assert advice.is_worth_it
+        assert advice.speed_up == pytest.approx(1100 / 70)
+
+    def test_without_use_of_a_cache_it_is_for_reading_directly(self, measured: Callable[..., list[Measurement]]):
+        advice = recommend(measured({1: 500, 2: 950, 4: 1000}, {1: 1100, 2: 1100, 4: 1150}))
+        assert not advice.is_worth_it
+        assert advice.workers == advice.direct_workers == 2
+
+    def test_no_workers_at_all_only_if_nothing_else_was_tried(self):
+        assert fewest_close({0: 100.0, 1: 50.0}) == 1
+        assert fewest_close({0: 100.0}) == 0
+
+
+def test_parts_have_like_sizes_and_no_file_twice():
+    files = [(f"{number}", number**2) for number in range(101)]
+    parts = share_out(files, 4, seed=1)
+    assert sorted(path for part in parts for path in part) == sorted(path for path, _ in files)
+    assert {len(part) for part in parts} == {25, 26}
+    sizes = [sum(int(path) ** 2 for path in part if path != "100") for part in parts]
+    assert max(sizes) < 1.15 * min(sizes)
+    assert parts == share_out(files, 4, seed=1)
+    assert parts != share_out(files, 4, seed=2)
+
+
+def test_the_reader_knows_of_no_cache():
+    import cachefs.bench.reader as reader
+
+    assert "cachefs" not in Path(reader.__file__).read_text().split('"""', 2)[2]
