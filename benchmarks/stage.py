@@ -7,12 +7,15 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -53,6 +56,8 @@ class Reader:
     is_ordered: bool = False
     can_repeat: bool = False
     """Whether it knows `--at-least`."""
+    limit: float = READ_SECONDS
+    """After so many seconds it has failed."""
 
     def at_least(self, seconds: float) -> Reader:
         """The same, repeated until it took so long, where the script can."""
@@ -71,6 +76,8 @@ class Measured:
     requests: float | None = None
     listing_seconds: float | None = None
     """What a reader took before that to find out which files there are."""
+    waited_seconds: float | None = None
+    """For how much of it a training waited for its data."""
 
     @property
     def scale(self) -> tuple[float, str]:
@@ -88,6 +95,9 @@ class Options:
     bandwidths: tuple[float, ...] = ()
     contenders: tuple[str, ...] = ()
     folder: Path | None = None
+    samples: int | None = None
+    pictures: Path | None = None
+    """Where pictures that a run takes are kept; without it they are not."""
 
 
 @dataclass
@@ -182,13 +192,16 @@ class Stage:
             return False
         return True
 
-    def measure(self, reader: Reader, running: Running, local: Path) -> list[Measured]:
+    def measure(
+        self, reader: Reader, running: Running, local: Path, between: Callable[[], object] | None = None
+    ) -> list[Measured]:
         """Run a reader where a contender serves; BenchmarkError if it read anything else than lies in `local`.
 
-        One result for each line that the reader prints, with the processor time of all epochs shared among them."""
+        One result for each line that the reader prints, with the processor time of all epochs shared among them.
+        `between` is called after each of them, and the reader, which has to know `--pause`, waits for it."""
         counts = running.status() if running.process else {}
         before = running.cpu()
-        answers = self._read(reader, running.path)
+        answers = self._read(reader, running.path, between)
         after = running.cpu()
         epochs = sum(answer.get("epochs", 1) for answer in answers)
         requests = None
@@ -207,6 +220,7 @@ class Stage:
                 max(0.0, after.workers - before.workers) / epochs,
                 requests,
                 answer.get("listing_seconds"),
+                answer.get("waited_seconds"),
             )
             for answer in answers
         ]
@@ -239,24 +253,50 @@ class Stage:
             self._expected[key] = [answer["digest"] for answer in self._read(reader, local)]
         return self._expected[key]
 
-    def _read(self, reader: Reader, directory: Path) -> list[dict[str, Any]]:
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            READERS / reader.script,
-            directory,
-            *reader.arguments,
-            *reader.shuffle,
-        ]
-        words = [str(word) for word in command]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=READ_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise BenchmarkError(f"{reader.script} at {directory} does not end within {READ_SECONDS:g} s") from None
-        if done.returncode:
-            raise BenchmarkError(f"{reader.script} failed at {directory}: {done.stderr.strip()[-2000:]}")
-        return [json.loads(line) for line in done.stdout.splitlines()]
+    def _read(
+        self, reader: Reader, directory: Path, between: Callable[[], object] | None = None
+    ) -> list[dict[str, Any]]:
+        command = [sys.executable, "-W", "ignore", READERS / reader.script, directory]
+        command += [*reader.arguments, *reader.shuffle, *(["--pause"] if between else [])]
+        answers = []
+        with tempfile.TemporaryFile() as errors, subprocess.Popen(
+            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+        ) as process:  # fmt: skip
+            assert process.stdin is not None
+            assert process.stdout is not None
+            killer = threading.Timer(reader.limit, process.kill)
+            killer.start()
+            try:
+                for line in process.stdout:
+                    answers.append(json.loads(line))
+                    if between is not None:
+                        between()
+                        with contextlib.suppress(BrokenPipeError):  # it was the last
+                            process.stdin.write(b"\n")
+                            process.stdin.flush()
+                process.wait()
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                is_late = not killer.is_alive()
+                killer.cancel()
+                killer.join()
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip()[-2000:]
+        if process.returncode and is_late:
+            raise BenchmarkError(f"{reader.script} at {directory} does not end within {reader.limit:g} s")
+        if process.returncode:
+            raise BenchmarkError(f"{reader.script} failed at {directory}: {said}")
+        return answers
+
+
+def lacking(*modules: str) -> str | None:
+    """Which of them cannot be imported, and how to get them; None if all can."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return f"{', '.join(missing)} is not installed: pip install -e '.[bench]' torch==2.13.0 pillow numpy"
 
 
 def rotated(contenders: Sequence[T], by: int) -> list[T]:

@@ -2,13 +2,15 @@
 
     python train.py DIRECTORY --epochs 3 --workers 4 --seed 0
 
-A line of JSON an epoch. The digest is of the losses: the same pixels in the same order give the same one.
+A line of JSON an epoch. The digest is of the losses: the same pixels in the same order give the same one. The time that
+the loop waited for its loader is told separately. With `--pause` each further epoch waits for a line on stdin.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -46,37 +48,46 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--width", type=int, default=1, help="of the model, whose cost grows with its square")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pause", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     images = Images(options.directory)
     order = torch.Generator().manual_seed(options.seed)
-    loader = DataLoader(images, batch_size=32, shuffle=True, num_workers=options.workers, generator=order)
+    loader = DataLoader(images, batch_size=options.batch, shuffle=True, num_workers=options.workers, generator=order)
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 16, 3, stride=2),
+        torch.nn.Conv2d(3, 16 * options.width, 3, stride=2),
         torch.nn.ReLU(),
-        torch.nn.Conv2d(16, 32, 3, stride=2),
+        torch.nn.Conv2d(16 * options.width, 32 * options.width, 3, stride=2),
         torch.nn.ReLU(),
         torch.nn.AdaptiveAvgPool2d(1),
         torch.nn.Flatten(),
-        torch.nn.Linear(32, len(images.classes)),
+        torch.nn.Linear(32 * options.width, len(images.classes)),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     for epoch in range(1, options.epochs + 1):
+        if options.pause and epoch > 1:
+            sys.stdin.readline()
         start = time.perf_counter()
         total = digest = 0
+        waited, asked = 0.0, start
         for pixels, labels, sizes in loader:
+            waited += time.perf_counter() - asked
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(model(pixels), labels)
             loss.backward()
             optimizer.step()
             total += int(sizes.sum())
             digest = zlib.crc32(loss.item().hex().encode(), digest)
+            asked = time.perf_counter()
         said = {
             "epoch": epoch,
             "seconds": time.perf_counter() - start,
+            "waited_seconds": waited,
             "files": len(images),
             "bytes": total,
             "digest": f"{digest:08x}",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from benchmarks.contenders import FIRST, LATER
 from benchmarks.phases import WARM_CASE, compare_first, compare_later, read_first, read_later
 from benchmarks.results import Goal, Result
-from benchmarks.stage import Conditions, Reader, Stage
+from benchmarks.stage import Conditions, Reader, Stage, lacking
 
 FILES, WORKERS, EPOCHS = 1000, 4, 3
 CONDITIONS = (Conditions(2.0, 1000.0),)
@@ -15,9 +13,8 @@ GOAL = Goal("at most", 1.02)
 
 
 def run(stage: Stage) -> list[Result]:
-    lacking = [name for name in ("torch", "PIL", "numpy") if importlib.util.find_spec(name) is None]
-    if lacking:
-        reason = f"{', '.join(lacking)} is not installed: pip install torch==2.13.0 pillow numpy"
+    reason = lacking("torch", "PIL", "numpy")
+    if reason is not None:
         stage.skipped.update(dict.fromkeys((*FIRST, *LATER), reason))
         return []
     data = stage.photographs(stage.size(FILES, 60))
