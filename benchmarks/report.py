@@ -1,11 +1,12 @@
 """Tables of the results: on the terminal after a run, and in Markdown, with charts, where readers look.
 
 Invariant: of README only what stands between the markers of the figures is written; what stands in the folder of
-results besides the JSON files is made from them alone.
+results besides the JSON files is made from them alone, but for a picture of its data that an experiment took.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from benchmarks import charts
 from benchmarks.contenders import title
+from benchmarks.experiments import EXPERIMENTS
 from benchmarks.results import RATIO, Result, Run, describe_circumstances
 from benchmarks.workloads import WORKLOADS
 
@@ -23,8 +25,8 @@ RATIOS = ("workload", "ratio", "goal", "measured")
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """All results in a folder, in the order of the workloads."""
-    return [Run.read(path) for name in WORKLOADS if (path := folder / f"{name}.json").exists()]
+    """All results in a folder, in the order of the workloads and experiments."""
+    return [Run.read(path) for name in (*WORKLOADS, *EXPERIMENTS) if (path := folder / f"{name}.json").exists()]
 
 
 def write(folder: Path, readme: Path) -> Iterator[Path]:
@@ -63,7 +65,32 @@ def figures(runs: list[Run], folder: str) -> str:
     skipped = {title(name): why for run in runs for name, why in run.skipped.items() if name not in measured}
     if skipped:
         lines += ["", "Not measured: " + "; ".join(f"{name}: {why}" for name, why in sorted(skipped.items())) + "."]
+    for run in runs:
+        if run.workload in EXPERIMENTS and run.results:
+            pictures = [f"![{name}]({folder}/{name})" for name in (f"{run.workload}.png", *_photograph_of(run))]
+            lines += [
+                "",
+                f"**{run.title}**",
+                "",
+                *(line for picture in pictures for line in (picture, "")),
+                *summarize(run),
+            ]
     return "\n".join(lines)
+
+
+def summarize(run: Run) -> list[str]:
+    """What follows from the results of an experiment, as lines of Markdown; of a workload nothing."""
+    if run.workload not in EXPERIMENTS:
+        return []
+    experiment = importlib.import_module(f"benchmarks.experiments.{run.workload}")
+    return list(experiment.summarize(run))
+
+
+def _photograph_of(run: Run) -> list[str]:
+    """The name of the picture that an experiment has taken of its data, if it does."""
+    experiment = importlib.import_module(f"benchmarks.experiments.{run.workload}")
+    name = getattr(experiment, "PICTURE", None)
+    return [name] if name else []
 
 
 def show(run: Run, console: Console) -> None:
@@ -72,6 +99,8 @@ def show(run: Run, console: Console) -> None:
         header, rows = _table(results)
         _print(console, f"{run.workload}: {case}", header, rows)
     _print(console, f"{run.workload}: ratios", RATIOS[1:], _ratio_rows(run))
+    for line in summarize(run):
+        console.print(line, highlight=False, markup=False)
     for name, reason in run.skipped.items():
         console.print(f"skipped: {title(name)}: {reason}", highlight=False, markup=False)
     console.print(f"page cache: {run.page_cache}; {run.seconds:.0f} s in all", highlight=False)
@@ -158,6 +187,8 @@ def _results_page(runs: list[Run], pictures: list[Path]) -> Iterator[str]:
         for picture in pictures:
             if picture.stem == run.workload:
                 yield from ["", f"![{run.workload}]({picture.name})"]
+        if lines := summarize(run):
+            yield from ["", *lines]
         for case, results in _cases(run.results):
             yield from ["", f"### {case}", "", *markdown(*_table(results))]
         if rows := _ratio_rows(run):

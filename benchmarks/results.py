@@ -7,6 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
+import csv
 import json
 import statistics
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,7 @@ RATIO = "ratio"
 
 Circumstances = dict[str, float]
 """What a value depends on besides contender and case: `processes`, `latency_ms`, `bandwidth_mb_s`, `files`,
-`file_bytes`, `capacity_share`."""
+`file_bytes`, `capacity_share`, `samples`, `workers`, `epoch`."""
 
 
 def describe_circumstances(circumstances: Circumstances) -> str:
@@ -28,6 +29,9 @@ def describe_circumstances(circumstances: Circumstances) -> str:
         "bandwidth_mb_s": lambda value: f"{value:,.0f} MB/s",
         "files": lambda value: f"{value:,.0f} files",
         "capacity_share": lambda value: f"capacity {value:.0%}",
+        "workers": lambda value: f"{value:g} worker{'' if value == 1 else 's'}",
+        "samples": lambda value: f"{value:,.0f} samples",
+        "epoch": lambda value: f"epoch {value:g}",
         "file_bytes": lambda value: f"{value:,.0f} bytes each",
     }
     return ", ".join(forms[name](value) for name, value in circumstances.items())
@@ -148,6 +152,32 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.workload}.json"
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        return path
+
+    def write_values(self, folder: Path) -> Path:
+        """The same as a CSV file: a row a value, each with the machine and the versions."""
+        path = folder / f"{self.workload}.csv"
+        names = list(dict.fromkeys(name for result in self.results for name in result.circumstances))
+        known = {name: self.machine.get(name) for name in ("processor", "cores", "kernel", "python", "revision")}
+        versions = {name: self.machine.get("packages", {}).get(name) for name in ("cachefs", "pyfuse3", "torch")}
+        header = ["case", "contender", *names, "repetition", "quantity", "value", "unit", "started", *known, *versions]
+        with open(path, "w", newline="") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(header)
+            for result in self.results:
+                where = [result.circumstances.get(name, "") for name in names]
+                for repetition, value in enumerate(result.values, start=1):
+                    what = [result.quantity, value, result.unit, self.started]
+                    row = [
+                        result.case,
+                        result.contender,
+                        *where,
+                        repetition,
+                        *what,
+                        *known.values(),
+                        *versions.values(),
+                    ]
+                    rows.writerow(row)
         return path
 
     @classmethod

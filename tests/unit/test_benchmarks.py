@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -217,18 +218,81 @@ def test_a_short_reading_is_repeated_and_its_mean_told(tmp_path):
     assert Reader("train.py").at_least(1.0) == Reader("train.py")
 
 
+def test_a_reader_that_is_to_pause_waits_between_its_epochs(tmp_path):
+    script = tmp_path / "reader.py"
+    script.write_text(
+        "import json, sys, pathlib\n"
+        "for epoch in range(2):\n"
+        "    if epoch and '--pause' in sys.argv: sys.stdin.readline()\n"
+        "    seen = pathlib.Path(sys.argv[1], 'seen').exists()\n"
+        "    print(json.dumps({'seconds': 1.0, 'files': 1, 'bytes': 1, 'digest': '', 'seen': seen}), flush=True)\n"
+    )
+    stage = Stage(tmp_path, Options(), tmp_path)
+    answers = stage._read(Reader(str(script)), tmp_path, between=(tmp_path / "seen").touch)
+    assert [answer["seen"] for answer in answers] == [False, True]
+    (tmp_path / "seen").unlink()
+    assert [answer["seen"] for answer in stage._read(Reader(str(script)), tmp_path)] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("code", "says"), [("sys.exit('no such thing')", "no such thing"), ("time.sleep(60)", "0.5 s")]
+)
+def test_a_reader_that_fails_or_hangs_is_an_error(tmp_path, code, says):
+    script = tmp_path / "reader.py"
+    script.write_text(f"import sys, time\n{code}\n")
+    with pytest.raises(BenchmarkError, match=says):
+        Stage(tmp_path, Options(), tmp_path)._read(Reader(str(script), limit=0.5), tmp_path)
+
+
+def test_values_are_a_table_with_the_machine(tmp_path):
+    path = a_run("workers").write_values(tmp_path)
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    ours = [row for row in rows if row["contender"] == "cachefs"]
+    assert [(row["repetition"], float(row["value"])) for row in ours] == [("1", 2.0), ("2", 3.0), ("3", 4.0)]
+    assert {(row["kernel"], row["python"], row["processes"]) for row in rows} == {("6.1", "3.11", "4")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "--folder", "/does/not/exist"], "--folder /does/not/exist is not a directory that can be written to"),
+        (["experiment", "tiny_files"], "no such experiment: tiny_files"),
+        (["run", "epochs"], "no such workload: epochs"),
+        (["experiment", "--samples", "0"], "--samples must be 1 or more"),
+        (["run", "--repetitions", "0"], "--repetitions must be 1 or more"),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_one_clear_line(arguments, says):
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("python -m benchmarks: error: ")
+    assert says in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def quickly(action: str, name: str, folder: Path, *options: str) -> Run:
+    """Run a workload or an experiment; what it wrote. It must leave nothing but its results."""
+    results = folder / "results"
+    command = [sys.executable, "-m", "benchmarks", action, name, "--quick", *options]
+    command += ["--folder", str(folder), "--results", str(results)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not [mount.path for mount in read_mounts() if mount.path.is_relative_to(folder)]
+    assert sorted(folder.iterdir()) == [results]
+    run = Run.read(results / f"{name}.json")
+    assert run.machine["kernel"]
+    assert run.machine["python"]
+    assert run.machine["data_and_scratch"]["type"]
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_every_workload_runs_over_the_cheap_contenders(workload, tmp_path):
+    run = quickly("run", workload, tmp_path, "--contenders", CHEAP)
     results = tmp_path / "results"
-    command = [sys.executable, "-m", "benchmarks", "run", workload, "--quick", "--contenders", CHEAP]
-    command += ["--folder", tmp_path, "--results", results]
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = Run.read(results / f"{workload}.json")
-    assert run.machine["kernel"]
-    assert run.machine["data_and_scratch"]["type"]
     needs = {"training": "torch", "shards": "webdataset"}.get(workload)
     if needs and importlib.util.find_spec(needs) is None:
         assert needs in run.skipped["cachefs"]
@@ -242,6 +306,3 @@ def test_every_workload_runs_over_the_cheap_contenders(workload, tmp_path):
     assert run.skipped.keys() <= CONTENDERS.keys() - known
     if importlib.util.find_spec("matplotlib") is not None:
         assert results / f"{workload}.png" in list(report.write(results, tmp_path / "none.md"))
-    left = [mount.path for mount in read_mounts() if mount.path.is_relative_to(tmp_path)]
-    assert not left
-    assert sorted(tmp_path.iterdir()) == [results]
