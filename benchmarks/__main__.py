@@ -78,6 +78,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--repetitions", type=int, help="interleaved [default: 3 of each contender; as an experiment wants it]"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the data [default: 0]")
     parser.add_argument("--samples", type=int, help="in the dataset of an experiment, such as 5000")
     parser.add_argument("--quick", action="store_true", help="small and once: shows that it runs, not how fast")
     parser.add_argument("--latency", type=_numbers, default=(), help="of the source, in ms, such as 0.2,2,20")
@@ -116,6 +117,7 @@ def _run(name: str, options: argparse.Namespace, tools: Path, console: Console) 
         bandwidths=options.bandwidth,
         contenders=options.contenders,
         folder=options.folder,
+        seed=options.seed,
         samples=options.samples,
         pictures=options.results,
     )
@@ -134,7 +136,7 @@ def _run(name: str, options: argparse.Namespace, tools: Path, console: Console) 
             seconds=round(time.monotonic() - began, 1),
             repetitions=stage.repetitions,
             page_cache=stage.page_cache,
-            machine=machine,
+            machine={**machine, "seed": options.seed},
             skipped=stage.skipped,
             results=results,
         )

@@ -158,7 +158,9 @@ class Run:
         """The same as a CSV file: a row a value, each with the machine and the versions."""
         path = folder / f"{self.workload}.csv"
         names = list(dict.fromkeys(name for result in self.results for name in result.circumstances))
-        known = {name: self.machine.get(name) for name in ("processor", "cores", "kernel", "python", "revision")}
+        known = {
+            name: self.machine.get(name) for name in ("processor", "cores", "kernel", "python", "revision", "seed")
+        }
         versions = {name: self.machine.get("packages", {}).get(name) for name in ("cachefs", "pyfuse3", "torch")}
         header = ["case", "contender", *names, "repetition", "quantity", "value", "unit", "started", *known, *versions]
         with open(path, "w", newline="") as file:

@@ -95,6 +95,7 @@ class Options:
     bandwidths: tuple[float, ...] = ()
     contenders: tuple[str, ...] = ()
     folder: Path | None = None
+    seed: int = 0
     samples: int | None = None
     pictures: Path | None = None
     """Where pictures that a run takes are kept; without it they are not."""
@@ -164,7 +165,8 @@ class Stage:
     def photographs(self, files: int, mean_bytes: int = 110_000) -> Path:
         """A new dataset of JPEG files in class folders."""
         folder = self.new_folder()
-        make_dataset(folder, files=files, classes=min(CLASSES, files), mean_bytes=mean_bytes)
+        classes = min(CLASSES, files)
+        make_dataset(folder, files=files, classes=classes, mean_bytes=mean_bytes, seed=self.options.seed)
         return folder
 
     def slow(self, backing: Path, conditions: Conditions | None) -> AbstractContextManager[SlowSource]:
@@ -296,7 +298,7 @@ def lacking(*modules: str) -> str | None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if not missing:
         return None
-    return f"{', '.join(missing)} is not installed: pip install -e '.[bench]' torch==2.13.0 pillow numpy"
+    return f"{', '.join(missing)} is not installed: pip install -e '.[bench]' torch==2.13.0"
 
 
 def rotated(contenders: Sequence[T], by: int) -> list[T]:

@@ -119,4 +119,5 @@ def draw(figure: Any, run: Run) -> None:
         axis.set_xticks(range(epochs), [f"epoch {number + 1}" for number in range(epochs)])
         axis.set_ylabel("s")
         axis.margins(y=0.12)
-        axis.legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)

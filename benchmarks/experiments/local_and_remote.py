@@ -27,6 +27,7 @@ NEAR_CASE, FAR_CASE = "near", "far"
 DIRECT, FIRST, LATER = "source", "cachefs, first epoch", "cachefs, later epoch"
 WAYS = (DIRECT, FIRST, LATER)
 TITLES = {DIRECT: "without the mount", FIRST: "with the mount, first epoch", LATER: "with the mount, later epoch"}
+SIZE = (8, 4)
 _COLOURS = {DIRECT: "#4a4f55", FIRST: "#8fc1e3", LATER: "#0b6fb8"}
 
 
@@ -37,7 +38,7 @@ def run(stage: Stage) -> list[Result]:
         return []
     samples = stage.options.samples or stage.size(SAMPLES, QUICK_SAMPLES)
     stage.tell(f"making {samples:,} samples, {format_size(samples * SAMPLE_BYTES)}")
-    data = make_rasters(stage.new_folder(), samples)
+    data = make_rasters(stage.new_folder(), samples, stage.options.seed)
     limit = READ_SECONDS * max(1.0, samples / SAMPLES)
     for case in NEAR_CASE, FAR_CASE:
         for repetition in range(stage.repetitions):
@@ -123,8 +124,7 @@ def draw(figure: Any, run: Run) -> None:
     axis.set_yscale("log")
     axis.set_xticks(range(len(groups)), [f"{case}, {count} workers" for case, count in groups])
     axis.set_ylabel("training, s an epoch")
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.yaxis.set_minor_formatter("")
     axis.margins(y=0.15)
-    axis.legend(frameon=False, fontsize=8)
-
-
-SIZE = (8, 4)
+    figure.legend(loc="outside lower center", ncols=len(WAYS), frameon=False, fontsize=8)

@@ -2,7 +2,7 @@
 
 A batch has 4 JPEG files of 15 to 150 KB, crops of real photographs (scikit-image's; generated ones without it), which
 the workers decode for a small classifier. The source has 2 ms and 1 Gbit/s. The mount has everything, as in later
-epochs. Each repetition is an epoch of 400 files; error bars are one standard deviation.
+epochs. Each repetition is an epoch of 400 files, the workers stay; error bars are one standard deviation.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ DIRECT, CACHED = "source", "cachefs"
 TITLES = {DIRECT: "directly", CACHED: "through the mount"}
 CLOSE = 1.1
 """So many times the least time is as good as the least."""
+BOUND = 0.1
+"""A training that waits for its data for more than this share of the time is bound by its loading."""
 SIZE = (8, 3.5)
 PICTURE = "workers_batch.jpg"
 _COLOURS = {DIRECT: "#4a4f55", CACHED: "#0b6fb8"}
@@ -62,13 +64,14 @@ def _photographs(stage: Stage, files: int) -> Path:
     from tests.training.photographs import make_photographs  # needs what was looked for
 
     folder = stage.new_folder()
-    make_photographs(folder, files=files, classes=min(CLASSES, files))
+    make_photographs(folder, files=files, classes=min(CLASSES, files), seed=stage.options.seed)
     return folder
 
 
 def _measure(stage: Stage, contender: str, running: Running, data: Path, workers: int) -> None:
     arguments = ("--epochs", stage.repetitions, "--batch", BATCH, "--width", WIDTH, "--seed", 0)
-    epochs = stage.measure(Reader("train.py", arguments, ("--workers", workers)), running, data)
+    how = ("--workers", workers, *(["--persistent"] if workers else []))
+    epochs = stage.measure(Reader("train.py", arguments, how), running, data)
     for measured in epochs:
         waited = measured.waited_seconds or 0.0
         stage.records.add(CASE, contender, TIME, "s", measured.seconds, {"workers": workers})
@@ -101,21 +104,31 @@ def _found(run: Run, quantity: str) -> dict[str, dict[int, list[float]]]:
     return found
 
 
+def _means(values: dict[int, list[float]]) -> dict[int, float]:
+    return {workers: statistics.fmean(each) for workers, each in values.items()}
+
+
 def enough_workers(times: dict[int, float]) -> int:
     """The fewest whose time is close to the least."""
     least = min(times.values())
     return min(workers for workers, seconds in times.items() if seconds <= CLOSE * least)
 
 
+def unbound_workers(times: dict[int, float], waits: dict[int, float]) -> int | None:
+    """The fewest with which loading is not the bottleneck any more; None if it always is."""
+    return min((workers for workers, seconds in times.items() if waits[workers] <= BOUND * seconds), default=None)
+
+
 def summarize(run: Run) -> Iterator[str]:
     times, waits = _found(run, TIME), _found(run, WAITED)
-    for contender, by_workers in times.items():
-        means = {workers: statistics.fmean(values) for workers, values in by_workers.items()}
-        enough = enough_workers(means)
-        waited = statistics.fmean(waits[contender][enough]) / means[enough]
+    for contender in times:
+        means, waited = _means(times[contender]), _means(waits[contender])
+        enough, unbound = enough_workers(means), unbound_workers(means, waited)
+        end = "stays the bottleneck" if unbound is None else f"stops being the bottleneck with {unbound} workers"
         yield (
-            f"- {TITLES[contender]}: from {enough} workers on nothing is gained (within 10% of the least time): "
-            f"{short(means[enough])} s, for {waited:.0%} of which the training waits for its data."
+            f"- {TITLES[contender]}: loading {end} (while the training waits for more than {BOUND:.0%} of the time). "
+            f"With {enough} workers it takes {short(means[enough])} s, waiting {waited[enough] / means[enough]:.0%} of "
+            "it, and more bring less than 10%."
         )
     if (times_cached := times.get(CACHED)) and 0 in times_cached:
         steps = statistics.fmean(

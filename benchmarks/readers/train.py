@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 SIDE = 64
 
@@ -51,14 +51,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=1, help="of the model, whose cost grows with its square")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--persistent", action="store_true", help="the workers stay from one epoch to the next")
     parser.add_argument("--pause", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     images = Images(options.directory)
-    order = torch.Generator().manual_seed(options.seed)
-    loader = DataLoader(images, batch_size=options.batch, shuffle=True, num_workers=options.workers, generator=order)
+    # of the sampler alone: the loader draws from its own, as often as it starts workers
+    order = RandomSampler(images, generator=torch.Generator().manual_seed(options.seed))
+    loader = DataLoader(
+        images,
+        batch_size=options.batch,
+        sampler=order,
+        num_workers=options.workers,
+        persistent_workers=options.persistent,
+    )
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 16 * options.width, 3, stride=2),
         torch.nn.ReLU(),

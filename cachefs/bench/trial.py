@@ -35,7 +35,7 @@ _ROOM_SHARE = 0.25
 _FEWEST_FILES = 8
 """In a part of the sample. If there are fewer, all parts are the same files."""
 _FIND_SECONDS, _ANSWER_SECONDS = 3.0, 60.0
-_PROMOTION_SECONDS, _LOOK_SECONDS = 25.0, 0.5
+_PROMOTION_SECONDS, _LOOK_SECONDS = 15.0, 0.5
 _MOST_PASSES = 5
 
 

@@ -113,9 +113,11 @@ def test_the_settings_of_mounts_do_not_count(own_place: Place):
     assert "Later epochs were served from scratch directly" in done.stdout
 
 
+@needs_root
 def test_files_that_fail_are_told(ordinary_place: Place):
     place = ordinary_place
-    (place.source / "one").chmod(0)
+    os.chown(place.source / "one", 0, 0)
+    (place.source / "one").chmod(0o600)
     done = try_out(place, place.source, *BRIEF, "--scratch", place.scratch)
     assert "Permission denied" in done.stdout
     assert "Reading failed" in done.stdout

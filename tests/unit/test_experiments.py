@@ -93,6 +93,12 @@ def test_enough_workers_are_the_fewest_that_are_close_to_the_least_time():
     assert workers.enough_workers({0: 10.0, 1: 5.0, 2: 2.1, 4: 2.0, 8: 2.3}) == 2
 
 
+def test_loading_stops_being_the_bottleneck_where_the_training_hardly_waits():
+    times, waits = {0: 10.0, 1: 5.0, 2: 2.1, 4: 2.0}, {0: 9.0, 1: 4.0, 2: 0.2, 4: 0.1}
+    assert workers.unbound_workers(times, waits) == 2
+    assert workers.unbound_workers({0: 10.0}, {0: 9.0}) is None
+
+
 def rasters_near_and_far() -> Run:
     seconds = {local_and_remote.DIRECT: (10.0, 100.0), local_and_remote.FIRST: (11.0, 30.0), "": ()}
     seconds[local_and_remote.LATER] = (10.0, 11.0)
