@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cachefs.bench.trial import DIRECT, LATER, Measurement
 
@@ -24,6 +24,8 @@ class Recommendation:
     direct_workers: int
     direct_rate: float
     later_rate: float
+    is_direct_rising: bool
+    """Reading directly was still gaining from more workers where the trial ended: its best may be better."""
 
     @property
     def speed_up(self) -> float:
@@ -43,8 +45,9 @@ def recommend(measurements: Iterable[Measurement]) -> Recommendation:
     direct, later = rates[DIRECT], rates[LATER]
     best_direct, best_later = max(direct.values()), max(later.values())
     direct_workers, workers = fewest_close(direct), fewest_close(later)
-    made = Recommendation(workers, direct_workers, best_direct, best_later)
-    return made if made.is_worth_it else Recommendation(direct_workers, direct_workers, best_direct, best_later)
+    is_rising = len(direct) > 1 and direct_workers == max(direct)
+    made = Recommendation(workers, direct_workers, best_direct, best_later, is_rising)
+    return made if made.is_worth_it else replace(made, workers=direct_workers)
 
 
 def fewest_close(rates: Mapping[int, float]) -> int:

@@ -147,15 +147,14 @@ def _try(plan: Plan) -> tuple[list[Measurement], Sample, bool]:
                 status.update(Text(step))
 
         found = count(sample.found.seen, "file")
-        part = f"all of {found}" if sample.found.is_all else f"a sample of {sample.files:,}, of {found} or more,"
+        part = f"All of {found}" if sample.found.is_all else f"A sample of {sample.files:,}, of {found} or more,"
         each = format_size(sample.bytes / sample.files)
         tell("reading directly")
         for result in trial.measurements():
-            if not results:  # only now it is known that something can be read
-                say(f"Reading {part} in {plan.source}, {each} each, for {plan.seconds:g} s a time at most ...")
             results.append(result)
             tell(f"{result.way}, {count(result.workers, 'worker')}: {result.rate:,.0f} files/s")
-        return results, sample, trial.is_promoted
+    say(f"{part} in {plan.source}, {each} each, for {plan.seconds:g} s a time at most")
+    return results, sample, trial.is_promoted
 
 
 def _print_chart(console: Console, results: Sequence[Measurement]) -> None:
@@ -216,9 +215,13 @@ def _advise(plan: Plan, scratch: Path | None, advice: Recommendation) -> Iterato
     yield ""
     rates = f"{advice.later_rate:,.0f} files/s in later epochs against {advice.direct_rate:,.0f} directly"
     fewest = f"with num_workers={advice.workers}, the fewest with {CLOSE:.0%} of the best rate"
+    most = max(plan.workers)
+    more = f"  (Directly more than {most} workers may bring more: try --workers {most},{2 * most},{4 * most}.)"
     if not advice.is_worth_it:
         yield f"cachefs brings little here: {rates}, {advice.speed_up:.1f} times as many. Read it directly:"
         yield f"  python train.py        {fewest}"
+        if advice.is_direct_rising:
+            yield more
         return
     data = os.fspath(plan.source)
     words = ["cachefs", "run", "--data", f"{data}:DIR" if plan.is_beside and not _may_cover(plan.source) else data]
@@ -227,7 +230,9 @@ def _advise(plan: Plan, scratch: Path | None, advice: Recommendation) -> Iterato
     yield f"  {shlex.join([*words, '--', 'python', 'train.py'])}        {fewest}"
     if words[3] != data:
         yield "  DIR is an empty directory of your own, where train.py then finds the data."
-    if advice.direct_workers != advice.workers:
+    if advice.is_direct_rising:
+        yield more
+    elif advice.direct_workers != advice.workers:
         yield f"  (Directly it would want num_workers={advice.direct_workers}.)"
 
 

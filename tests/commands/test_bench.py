@@ -61,7 +61,7 @@ def rate(cell: str) -> float:
 
 def test_a_slow_source(place: Place, slow: SlowSource):
     done = try_out(place, slow.path, *BRIEF, "--scratch", place.scratch)
-    assert f"Reading all of {FILES} files in {slow.path}" in done.stdout
+    assert f"All of {FILES} files in {slow.path}" in done.stdout
     table = rows(done.stdout)
     assert sorted(table) == [0, 2]
     for direct, first, later, ratio, _ in table.values():
@@ -81,7 +81,7 @@ def test_a_slow_source(place: Place, slow: SlowSource):
 def test_a_sample_of_it(place: Place, slow: SlowSource):
     slow.reset()
     done = try_out(place, slow.path, *BRIEF, "--files", "40", env={"CACHEFS_SCRATCH": str(place.scratch)})
-    assert f"Reading a sample of 40, of {FILES} files or more, in {slow.path}" in done.stdout
+    assert f"A sample of 40, of {FILES} files or more, in {slow.path}" in done.stdout
     opened = [path for path, counts in slow.statistics().files.items() if counts.opens and path.endswith(b".jpg")]
     assert len(opened) <= 40, "nothing is fetched that is not in the sample"
     assert "--scratch" not in next(line for line in done.stdout.splitlines() if line.startswith("  cachefs run "))
@@ -303,11 +303,13 @@ class TestRecommendation:
         assert advice.workers == 2
         assert advice.direct_workers == 8
         assert advice.is_worth_it
+        assert advice.is_direct_rising
         assert advice.speed_up == pytest.approx(1100 / 70)
 
     def test_without_use_of_a_cache_it_is_for_reading_directly(self, measured: Callable[..., list[Measurement]]):
         advice = recommend(measured({1: 500, 2: 950, 4: 1000}, {1: 1100, 2: 1100, 4: 1150}))
         assert not advice.is_worth_it
+        assert not advice.is_direct_rising
         assert advice.workers == advice.direct_workers == 2
 
     def test_no_workers_at_all_only_if_nothing_else_was_tried(self):
