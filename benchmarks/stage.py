@@ -12,10 +12,12 @@ import importlib.util
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,6 +34,7 @@ T = TypeVar("T")
 READERS = Path(__file__).parent / "readers"
 CLASSES = 20
 READ_SECONDS = 900.0
+KILLED_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -262,11 +265,15 @@ class Stage:
         command += [*reader.arguments, *reader.shuffle, *(["--pause"] if between else [])]
         answers = []
         with tempfile.TemporaryFile() as errors, subprocess.Popen(
-            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+            [str(word) for word in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,  # so that its workers can be ended with it
         ) as process:  # fmt: skip
             assert process.stdin is not None
             assert process.stdout is not None
-            killer = threading.Timer(reader.limit, process.kill)
+            killer = threading.Timer(reader.limit, _kill_all_of, [process])
             killer.start()
             try:
                 for line in process.stdout:
@@ -274,11 +281,10 @@ class Stage:
                     if between is not None:
                         between()
                         with contextlib.suppress(BrokenPipeError):  # it was the last
-                            process.stdin.write(b"\n")
-                            process.stdin.flush()
+                            os.write(process.stdin.fileno(), b"\n")
                 process.wait()
             except BaseException:
-                process.kill()
+                _kill_all_of(process)
                 raise
             finally:
                 is_late = not killer.is_alive()
@@ -291,6 +297,17 @@ class Stage:
         if process.returncode:
             raise BenchmarkError(f"{reader.script} failed at {directory}: {said}")
         return answers
+
+
+def _kill_all_of(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and those that it has forked, and wait until they are gone: they hold the mount."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + KILLED_SECONDS
+        while time.monotonic() < deadline:
+            process.poll()  # or it would be there for as long as nobody asks
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
 
 
 def lacking(*modules: str) -> str | None:
