@@ -273,7 +273,13 @@ class Stage:
         ) as process:  # fmt: skip
             assert process.stdin is not None
             assert process.stdout is not None
-            killer = threading.Timer(reader.limit, _kill_all_of, [process])
+            is_late = threading.Event()
+
+            def end_late() -> None:
+                is_late.set()
+                _kill_all_of(process)
+
+            killer = threading.Timer(reader.limit, end_late)
             killer.start()
             try:
                 for line in process.stdout:
@@ -287,12 +293,11 @@ class Stage:
                 _kill_all_of(process)
                 raise
             finally:
-                is_late = not killer.is_alive()
                 killer.cancel()
                 killer.join()
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip()[-2000:]
-        if process.returncode and is_late:
+        if process.returncode and is_late.is_set():
             raise BenchmarkError(f"{reader.script} at {directory} does not end within {reader.limit:g} s")
         if process.returncode:
             raise BenchmarkError(f"{reader.script} failed at {directory}: {said}")
