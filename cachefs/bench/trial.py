@@ -34,7 +34,7 @@ _LARGEST_SAMPLE = 4 << 30
 _ROOM_SHARE = 0.25
 _FEWEST_FILES = 8
 """In a part of the sample. If there are fewer, all parts are the same files."""
-_FIND_SECONDS, _ANSWER_SECONDS = 3.0, 60.0
+_FIND_SECONDS, _ANSWER_SECONDS, _LOOK_AT_FILE_SECONDS = 3.0, 60.0, 0.02
 _PROMOTION_SECONDS, _LOOK_SECONDS = 15.0, 0.5
 _MOST_PASSES = 5
 
@@ -184,7 +184,8 @@ class Trial:
     def _find(self, session: Session, root: Path) -> Found:
         plan = self._plan
         limits = {"seconds": _FIND_SECONDS, "most": plan.files, "largest": LARGEST_FILE, "seed": plan.seed}
-        return Found(**session.ask("find", _ANSWER_SECONDS, root=os.fspath(root), **limits))
+        timeout = _ANSWER_SECONDS + plan.files * _LOOK_AT_FILE_SECONDS
+        return Found(**session.ask("find", timeout, root=os.fspath(root), **limits))
 
     def _read(self, session: Session, root: Path, way: str, workers: int, paths: Sequence[str]) -> Measurement:
         """Raises CachefsError if nothing at all could be read."""

@@ -24,7 +24,7 @@ from cachefs.cli.options import ConfiguredCommand, nonempty_path, scratch_option
 from cachefs.cli.printing import complain, count, printable, say
 from cachefs.config import Settings, format_size
 from cachefs.errors import CachefsError, UsageError
-from cachefs.mount.checks import check_fuse, check_may_cover, check_paths
+from cachefs.mount.checks import check_fuse, check_may_cover, check_paths, warnings
 from cachefs.mount.mountinfo import FSTYPE, NETWORK_FSTYPES, containing_mount
 from cachefs.mount.namespaces import probe_private_namespaces
 
@@ -80,11 +80,13 @@ def bench(
     Reads a sample of its files with several numbers of worker processes, directly and through a mount, and decodes
     images where Pillow is installed. Then it gives the line to type and num_workers. Takes a minute or so, changes
     nothing and leaves nothing behind: what it copies lies beside scratch meanwhile.
-    """  # fmt: skip
+    """
     draw = None if chart is None else _chart_of(chart)
     path, place = _checked_places(source, scratch_path(scratch))
     problem = probe_private_namespaces()
     check_fuse(allow_other=False, is_private=problem is None)
+    for warning in warnings(Settings(path, path, scratch_path(scratch))):
+        complain(f"warning: {warning}")
     with _stop_on_signals() as (stop, received):
         plan = Plan(path, place, workers, seconds, files, seed, problem is not None, stop)
         try:
