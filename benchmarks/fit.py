@@ -20,7 +20,7 @@ class Line:
 
     def __str__(self) -> str:
         sign = "+" if self.slope >= 0 else "-"
-        return f"{self.intercept:.2f} {sign} {abs(self.slope):.2f} s, R² = {self.r_squared:.4f}"
+        return f"{self.intercept:.2f} {sign} {abs(self.slope):.2f} x, R² = {self.r_squared:.4f}"
 
 
 def fit_line(xs: Sequence[float], ys: Sequence[float]) -> Line:

@@ -53,7 +53,7 @@ def figures(runs: list[Run], folder: str) -> str:
         for run in runs
         for result in run.goals()
     ]
-    machines = {machine(run) for run in runs if run.goals()}
+    machines = {machine(run) for run in runs if run.goals() or run.workload in EXPERIMENTS}
     dates = sorted(run.started[:10] for run in runs)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     lines = [

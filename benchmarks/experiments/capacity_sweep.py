@@ -96,9 +96,9 @@ def summarize(run: Run) -> Iterator[str]:
         overheads = [first / direct - 1 for _, first, _ in found]
         yield (
             f"- {name}: an epoch takes {short(direct)} s uncached, {short(found[-1][2])} s with all of it cached. "
-            f"Time saved by the share s cached: {saving}. Uncached time / time: {speed_up}, which is a hyperbola "
-            f"and no line where a hit costs little. The first epoch takes {statistics.median(overheads):+.1%} "
-            f"({min(overheads):+.1%} to {max(overheads):+.1%}) more than uncached."
+            f"The speedup as the share of that time which the second epoch saves, by the share x cached: {saving}; as the "
+            f"quotient of the times: {speed_up}, because that is a hyperbola where a hit costs little. The first epoch "
+            f"against uncached: {statistics.median(overheads):+.1%} ({min(overheads):+.1%} to {max(overheads):+.1%})."
         )
 
 

@@ -33,7 +33,7 @@ def test_a_line_through_points_of_a_line_is_that_line(slope, intercept, xs):
 def test_a_line_says_how_well_it_fits():
     assert fit_line([0, 1, 2], [0, 1, 2]).r_squared == 1.0
     assert fit_line([0, 1, 2, 3], [0, 1, 0, 1]).r_squared == pytest.approx(0.2)
-    assert str(fit_line([0, 1], [0.25, -1])) == "0.25 - 1.25 s, R² = 1.0000"
+    assert str(fit_line([0, 1], [0.25, -1])) == "0.25 - 1.25 x, R² = 1.0000"
 
 
 def test_rasters_are_those_of_their_seed(tmp_path):
@@ -67,8 +67,8 @@ def test_the_sweep_fits_a_line_to_what_is_saved():
     assert (saving.slope, saving.intercept, saving.r_squared) == pytest.approx((0.8, 0.0, 1.0), abs=1e-9)
     assert speed_up.r_squared < 0.9
     (line,) = capacity_sweep.summarize(sweep())
-    assert "0.00 + 0.80 s, R² = 1.0000" in line
-    assert "+10.0% (+10.0% to +10.0%) more than uncached" in line
+    assert "0.00 + 0.80 x, R² = 1.0000" in line
+    assert "The first epoch against uncached: +10.0% (+10.0% to +10.0%)." in line
 
 
 def three_epochs() -> Run:
