@@ -18,6 +18,10 @@ from cachefs.errors import UsageError
 POLICIES = ("hold", "lru", "auto")
 PREFETCH_MODES = ("auto", "all", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+SHARD_UNITS = ("rank", "node", "disk")
+SHARD_MODES = ("keep", "view")
+AUTO_SHARD = "auto"
+MOST_SHARDS = 1 << 16
 RESERVED_SHARE = 0.05
 """Share of scratch's file system that stays free whatever the capacity says."""
 SPARED_MEMORY_SHARE = 0.1
@@ -26,6 +30,7 @@ SPARED_MEMORY_SHARE = 0.1
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])i?)?B?", re.IGNORECASE)
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_SHARD = re.compile(r"([0-9]{1,18})\s*/\s*([0-9]{1,18})")
 
 
 def parse_size(text: str) -> int:
@@ -84,6 +89,50 @@ DEFAULT_MEMORY_PATH = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """Which part of the source a mount is for: shard `number`, from 0, of `count` that `seed` divides it into.
+
+    `by` says what has a shard each; `mode` whether it keeps nothing else ("keep") or shows nothing else ("view").
+    With `fill` it takes in more of other shards while there is room; with `cut` less of its own where there is not.
+    """
+
+    number: int
+    count: int
+    by: str = "rank"
+    mode: str = "keep"
+    seed: int = 0
+    fill: bool = False
+    cut: bool = False
+
+    @property
+    def division(self) -> str:
+        """What mounts that divide a source alike have in common."""
+        return f"{self.count} seed {self.seed}"
+
+    def __str__(self) -> str:
+        """What mounts that show and keep the same have in common."""
+        extra = "".join(f" {name}" for name, is_on in (("fill", self.fill), ("cut", self.cut)) if is_on)
+        return f"{self.number}/{self.count} by {self.by} seed {self.seed} {self.mode}{extra}"
+
+
+def parse_shard(text: str) -> tuple[int, int] | str:
+    """(R, N) for "R/N", AUTO_SHARD for "auto". Raises UsageError for anything but one shard of those there are."""
+    if text.strip().lower() == AUTO_SHARD:
+        return AUTO_SHARD
+    match = _SHARD.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a shard", "write R/N, such as 0/4 for the first of four, or auto")
+    number, count = int(match[1]), int(match[2])
+    if not 1 <= count <= MOST_SHARDS:
+        raise UsageError(
+            f"there cannot be {count} shards, as {text!r} says", f"write R/N with N from 1 to {MOST_SHARDS}"
+        )
+    if number >= count:
+        raise UsageError(f"there is no shard {text!r}", f"R counts from 0: the last of {count} is {count - 1}/{count}")
+    return number, count
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything that one mount is told. Times are in seconds."""
 
@@ -101,6 +150,7 @@ class Settings:
     allow_other: bool = False
     no_promote: bool = False
     log_level: str = "info"
+    sharding: Sharding | None = None
     is_private: bool = False
     """It is mounted in namespaces that only the processes of one job are in."""
 

@@ -29,6 +29,10 @@ class UsageError(CachefsError):
     exit_code = 2
 
 
+class ShardError(CachefsError):
+    """A mount cannot have its shard. Without it a command would train on other data, or fetch what others keep."""
+
+
 class SourceError(OSError):
     """The source answered with an error; its errno is what the reader gets."""
 

@@ -8,6 +8,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import trio
 
@@ -55,6 +56,8 @@ class Cache:
         self._memory = memory
         self._fetches = fetches
         self._metrics = metrics
+        self.keeps: Callable[[bytes], bool] | None = None
+        """Which files, by path, may be fetched; None for all. Another is a hit where another mount has fetched it."""
 
     async def open(self, path: bytes, attributes: bytes) -> OpenFile:
         """Open the regular file `path` in the version of its packed `attributes`.
@@ -88,7 +91,7 @@ class Cache:
         `is_changed`: there is a copy, and it is not as it was left.
         """
         fetch = self._fetches.get(name)
-        if fetch is None:
+        if fetch is None and self._keeps(path):
             with trio.move_on_after(_INDEX_PATIENCE):
                 await self._residency.loaded.wait()
             if self._residency.loaded.is_set():
@@ -109,7 +112,7 @@ class Cache:
     def count_open(self, file: OpenFile) -> None:
         """Count one more open of a file that is open already."""
         kind = file.kind
-        self._capacity.note_open(file.name, file.size, is_hit=kind == "hit")
+        self._note_open(file.path, file.name, file.size, is_hit=kind == "hit")
         if kind == "hit":
             self._metrics.hits += 1
             self._metrics.hit_bytes += file.size
@@ -117,6 +120,14 @@ class Cache:
             self._metrics.misses += 1
         else:
             self._metrics.bypasses += 1
+
+    def _keeps(self, path: bytes) -> bool:
+        return self.keeps is None or self.keeps(path)
+
+    def _note_open(self, path: bytes, name: bytes, size: int, *, is_hit: bool) -> None:
+        """What is never kept says nothing of what a policy would hit."""
+        if self._keeps(path):
+            self._capacity.note_open(name, size, is_hit=is_hit)
 
     def _open_in_scratch(self, name: bytes, path: bytes, version: bytes) -> int | None:
         known = self._residency.get(name)
@@ -166,7 +177,7 @@ class Cache:
     def _file(
         self, name: bytes, path: bytes, version: bytes, tier: Tier, fd: int | None = None, fetch: Fetch | None = None
     ) -> OpenFile:
-        self._capacity.note_open(name, size_of(version), is_hit=fd is not None)
+        self._note_open(path, name, size_of(version), is_hit=fd is not None)
         return OpenFile(
             name,
             path,

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from cachefs.cli.options import ConfiguredCommand, mount_options, mountpoint_of_source, place_arguments, scratch_path
+from cachefs.cli.options import (
+    ConfiguredCommand,
+    mount_options,
+    mountpoint_of_source,
+    place_arguments,
+    scratch_path,
+    take_sharding,
+)
 from cachefs.cli.printing import complain
 from cachefs.config import Settings
 from cachefs.mount.checks import check_capacity, check_fuse, check_paths, warnings
@@ -36,6 +43,7 @@ def mount(
     first opened, and read from there from then on. The command returns when the mount serves; "cachefs umount" ends
     it. Without arguments both come from CACHEFS_SOURCE and CACHEFS_MOUNTPOINT, or from the configuration file.
     """
+    sharding = take_sharding(ctx, options)
     mountpoint = mountpoint_of_source(ctx, mountpoint)
     target = resolve_mountpoint(mountpoint or source)
     if find_mount(target) is None:  # nothing there that could hang: follow a link to the directory itself
@@ -44,6 +52,7 @@ def mount(
         source=target if mountpoint is None else Path(os.path.realpath(source)),
         mountpoint=target,
         scratch=scratch_path(scratch),
+        sharding=sharding,
         **options,
     )
     check_paths(settings)

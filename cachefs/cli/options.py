@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from cachefs import config
 from cachefs.errors import CachefsError, UsageError, describe
+from cachefs.mount.launchers import find_part
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -133,12 +134,56 @@ _MOUNT_OPTIONS = (
     ),
 )
 
+_SHARD_OPTIONS = (
+    option(
+        "--shard",
+        type=_parsed(config.parse_shard),
+        metavar="R/N|auto",
+        help="Keep shard R of N, from 0, of the source's files, or that of this rank as its launcher says",
+    ),
+    option(
+        "--shard-by",
+        type=click.Choice(config.SHARD_UNITS),
+        default="rank",
+        help="What has a shard each: what auto counts [default: rank]",
+    ),
+    option(
+        "--shard-mode",
+        type=click.Choice(config.SHARD_MODES),
+        default="keep",
+        help="Show everything and keep the shard alone, or show nothing else [default: keep]",
+    ),
+    option(
+        "--shard-seed",
+        type=click.IntRange(0, (1 << 63) - 1),
+        default=0,
+        metavar="N",
+        help="Another seed divides otherwise; the same for all ranks [default: 0]",
+    ),
+    option("--shard-fill", is_flag=True, help="Take in files of other shards, as many as there is room for"),
+    option("--shard-cut", is_flag=True, help="Keep what there is room for of a shard that is too large: else an error"),
+)
+
 
 def mount_options(function: F) -> F:
     """All options of a mount."""
-    for decorate in reversed(_MOUNT_OPTIONS):
+    for decorate in reversed(_MOUNT_OPTIONS + _SHARD_OPTIONS):
         function = decorate(function)
     return scratch_option(function)
+
+
+def take_sharding(ctx: click.Context, options: dict[str, Any]) -> config.Sharding | None:
+    """What the options of shards say; they are taken out of `options`. Raises UsageError."""
+    shard = options.pop("shard")
+    names = [name for name in options if name.startswith("shard_")]
+    values = {name.removeprefix("shard_"): options.pop(name) for name in names}
+    if shard is None:
+        for name in names:  # in the environment or the file they may be for those that have a shard
+            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise UsageError(f"--{name.replace('_', '-')} without --shard", "add --shard auto or --shard R/N")
+        return None
+    number, count = find_part(os.environ, values["by"]) if shard == config.AUTO_SHARD else shard
+    return config.Sharding(number, count, **values)
 
 
 def scratch_path(scratch: Path | None) -> Path:

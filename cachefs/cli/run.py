@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 
-from cachefs.cli.options import ConfiguredCommand, mount_options, run_options, scratch_path
+from cachefs.cli.options import ConfiguredCommand, mount_options, run_options, scratch_path, take_sharding
 from cachefs.cli.printing import complain, count
 from cachefs.config import Settings, format_size
-from cachefs.errors import CachefsError, UsageError, describe
+from cachefs.errors import CachefsError, ShardError, UsageError, describe
 from cachefs.mount.checks import check_capacity, check_paths, warnings
 from cachefs.mount.job import Watched, find_command, run_command
 from cachefs.mount.memory import check_memory
@@ -35,7 +35,10 @@ _TOTALS = ("fetches", "source_bytes_read", "hits", "hit_bytes", "misses", "bypas
 @run_options
 @mount_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND [ARG...]")
+@click.pass_context
 def run(
+    ctx: click.Context,
+    /,
     data: tuple[str, ...],
     keep: bool,
     strict: bool,
@@ -54,6 +57,7 @@ def run(
         raise UsageError("there is no command to run", "write it after --, as in: cachefs run --data DIR -- COMMAND")
     if not data:
         raise UsageError("there is no --data", "name the directory that the command reads: --data DIR")
+    options["sharding"] = take_sharding(ctx, options)
     find_command(command[0], os.environ)
     detach_dead_mounts([path for text in data for path in _paths_in(text)])
     settings = list(_settings_of(data, _scratch_path(scratch), options))
@@ -88,12 +92,15 @@ class _Job:
         self._settings = settings
         self._keep = keep
         self._is_strict = is_strict
+        self._is_view = any(one.sharding is not None and one.sharding.mode == "view" for one in settings)
         self._attendance: Attendance | None = None
 
     def __enter__(self) -> _Job:
         if self._settings:
             try:
                 self._attend()
+            except ShardError:  # other data than were meant are worse than none
+                raise
             except (CachefsError, OSError) as error:
                 self._go_without(str(error) if isinstance(error, CachefsError) else describe(error))
             except Exception as error:  # a bug of ours must not keep the command from running
@@ -150,8 +157,11 @@ class _Job:
         attendance = attend(self._settings, self._keep, start_keeper)
         problems = [(mount.source, mount.problem) for mount in attendance.mounts if mount.problem is not None]
         try:
-            if problems and self._is_strict:
-                raise _refusal(*problems[0])
+            for mount in attendance.mounts:
+                if mount.is_shard_missing:
+                    raise ShardError(f"{mount.source} cannot be divided as --shard says: {mount.problem}")
+            if problems:
+                self._refuse_if_strict(*problems[0])
             is_of_use = len(problems) < len(self._settings) or any(s.source != s.mountpoint for s in self._settings)
             if attendance.is_private and is_of_use:
                 join_namespaces(attendance.namespaces)
@@ -173,9 +183,15 @@ class _Job:
 
     def _go_without(self, reason: str) -> None:
         for one in self._settings:
-            if self._is_strict:
-                raise _refusal(str(one.source), reason)
+            self._refuse_if_strict(str(one.source), reason)
             _warn_uncached(str(one.source), reason)
+
+    def _refuse_if_strict(self, source: str, reason: str) -> None:
+        """Raise CachefsError where the command is not to run on the source itself: it has what is not to be seen."""
+        if self._is_view:
+            raise ShardError(f"{source} cannot be shown as --shard-mode view says: {reason}")
+        if self._is_strict:
+            raise CachefsError(f"{source} cannot be cached, and --strict was given: {reason}")
 
     def _hear(self) -> bool:
         """Take in what the keeper says while the command runs. False when it will say nothing any more."""
@@ -245,11 +261,18 @@ def _scratch_path(scratch: Path | None) -> Path:
 
 
 def _shows(mount: Mount, settings: Settings) -> bool:
-    """Whether a mount of ours, at the mountpoint or around it, is one of the source that is meant."""
-    if settings.source == settings.mountpoint:
-        return True
+    """Whether a mount of ours, at the mountpoint or around it, is one of the source that is meant.
+
+    Raises UsageError where it is, and of another shard: what it shows cannot be divided once more.
+    """
     lease = live_lease(mount) if mount.path == settings.mountpoint else None
-    return lease is not None and lease.source == str(settings.source)
+    is_it = settings.source == settings.mountpoint or (lease is not None and lease.source == str(settings.source))
+    if is_it and settings.sharding is not None and (lease is None or lease.shard != str(settings.sharding)):
+        raise UsageError(
+            f"{settings.mountpoint} is in a mount of cachefs already, which has not shard {settings.sharding}",
+            "unmount it, or leave --shard to the cachefs that mounts it",
+        )
+    return is_it
 
 
 def _split(text: str) -> tuple[Path, Path | None]:
@@ -283,10 +306,6 @@ def _check_apart(one: Settings, other: Settings) -> None:
         for path in inner.mountpoint, inner.source:
             if outer.mountpoint == path or outer.mountpoint in path.parents:
                 raise UsageError(f"--data {path} is inside --data {outer.mountpoint}", "name the outer directory alone")
-
-
-def _refusal(source: str, reason: str) -> CachefsError:
-    return CachefsError(f"{source} cannot be cached, and --strict was given: {reason}")
 
 
 def _warn_uncached(source: str, reason: str) -> None:

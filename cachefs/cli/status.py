@@ -75,6 +75,19 @@ _ROWS = (
     ("up for", "uptime_seconds", "{:,.0f} s".format),
     ("log", "log", str),
 )
+_SHARD_ROWS = (
+    ("shard", "shard", str),
+    ("shard by", "shard_by", str),
+    ("shard mode", "shard_mode", str),
+    ("shard seed", "shard_seed", str),
+    ("shard files", "shard_files", "{:,}".format),
+    ("shard bytes", "shard_bytes", format_size),
+    ("of files", "shard_listed_files", "{:,}".format),
+    ("of bytes", "shard_listed_bytes", format_size),
+    ("shard fingerprint", "shard_fingerprint", str),
+    ("shard warnings", "shard_warnings", lambda warnings: "; ".join(warnings) or "none"),
+)
+"""Of a mount with a shard."""
 
 
 @click.command()
@@ -138,7 +151,7 @@ def _print(report: dict[str, Any]) -> None:
     table = Table(title=Text(printable(report["mountpoint"])), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    for label, key, form in _ROWS:
+    for label, key, form in (*_ROWS, *(_SHARD_ROWS if report.get("shard") else ())):
         if key not in report:  # a daemon of another version
             continue
         table.add_row(label, Text(printable(form(report[key]))))

@@ -5,6 +5,7 @@ Invariants:
   without an await in between.
 - Metadata are believed for `ttl` seconds from the moment on at which the source was asked, absence and listings too.
 - Whatever would change the tree is EROFS. Errors are OSError with the errno that the reader gets.
+- A file that is not shown (`show_only`) has no entry in the tables: whatever looks at them sees what the kernel sees.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from cachefs.errors import SourceError, SourceTimeoutError
 from cachefs.fs.inodes import Directory, Inodes, Node, directory_of
 from cachefs.source.attributes import Attributes
 from cachefs.source.client import NAMES_A_JOB, Source
+from cachefs.source.tree import Entry
 
 log = logging.getLogger(__name__)
 
 _COLD_LOOKUPS = 2
 """From this many lookups in a listed directory without known attributes on, those of all its names are asked for."""
 _GATHERS = 2
+_NAMES_A_TURN = 1000
 _BELIEVE_LONGER_SECONDS = 60.0
 
 
@@ -51,6 +54,7 @@ class FileSystem:
         self.on_open: Callable[[Node], None] | None = None
         self.on_listing: Callable[[Node], None] | None = None
         """Called with each file, or directory, that is opened."""
+        self._is_shown: Callable[[bytes], bool] | None = None
         self._hung_until = 0.0
         self._gathers = trio.CapacityLimiter(_GATHERS)
 
@@ -83,6 +87,9 @@ class FileSystem:
             self.inodes.remove_child(parent, name, now + self._ttl)
             return None
         self._hung_until = 0.0
+        if self._is_shown is not None and self._hides(path, name, Attributes.unpack(attributes).mode):
+            self.inodes.remove_child(parent, name, now + self._ttl)
+            return None
         return self.inodes.update(parent, name, attributes, now + self._ttl)
 
     def absent_until(self, parent_inode: int, name: bytes) -> float:
@@ -145,6 +152,8 @@ class FileSystem:
         if now >= directory.listed_until:
             path = node.path
             entries = await self._source.listing(path)
+            if self._is_shown is not None:
+                entries = await self._shown(path, entries)
             self.inodes.list_children(node, entries, now + self._ttl)
             untyped = [name for name, _, kind in entries if not kind]
             if untyped:
@@ -152,6 +161,40 @@ class FileSystem:
         if self.on_listing is not None:
             self.on_listing(node)
         return list(directory.children)
+
+    async def show_only(self, is_shown: Callable[[bytes], bool]) -> None:
+        """From now on show of the regular files those of which `is_shown` says so, by path; all of the rest.
+
+        The kernel must not know any yet.
+        """
+        self._is_shown = is_shown
+        waiting = [self.inodes.root]
+        while waiting:
+            directory = waiting.pop()
+            path, hidden = directory.path, []
+            for number, (name, child) in enumerate(list(directory_of(directory).children.items())):
+                if number % _NAMES_A_TURN == 0:
+                    await trio.lowlevel.checkpoint()
+                if isinstance(child, Node) and child.directory is not None:
+                    waiting.append(child)
+                elif self._hides(path, name, child.kind if isinstance(child, Node) else child):
+                    hidden.append(name)
+            self.inodes.hide_children(directory, hidden)
+
+    async def _shown(self, path: bytes, entries: Sequence[Entry]) -> list[Entry]:
+        """Those of a directory's entries that are shown, and those without a type, until they have one."""
+        shown: list[Entry] = []
+        for start in range(0, len(entries), _NAMES_A_TURN):
+            await trio.lowlevel.checkpoint()
+            part = entries[start : start + _NAMES_A_TURN]
+            shown += [entry for entry in part if not self._hides(path, entry[0], entry[2])]
+        return shown
+
+    def _hides(self, path: bytes, name: bytes, mode: int) -> bool:
+        """Whether the entry `name` of the directory `path` is a file that is not shown."""
+        if self._is_shown is None or not stat.S_ISREG(mode):
+            return False
+        return not self._is_shown(path + b"/" + name if path else name)
 
     def listed_child(self, inode: int, name: bytes) -> Node | int | None:
         """What a listing shows of a name: its node, or its type where it has none, or None: it is gone."""
@@ -199,7 +242,9 @@ class FileSystem:
             def learn(batch: list[tuple[bytes, bytes | int]], expires: float = expires) -> None:
                 for name, found in batch:
                     if isinstance(found, bytes):
-                        if name in directory_of(parent).children:
+                        if self._is_shown is not None and self._hides(path, name, Attributes.unpack(found).mode):
+                            self.inodes.hide_children(parent, [name])
+                        elif name in directory_of(parent).children:
                             self.inodes.update(parent, name, found, expires)
                     elif found == errno.ENOENT:
                         self.inodes.remove_child(parent, name, expires)
@@ -216,10 +261,20 @@ class FileSystem:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return await self.getattr(node.inode)
 
-    async def walk(self, node: Node, *, is_tree: bool, on_file: Callable[[bytes, bytes], Awaitable[None]]) -> None:
+    async def walk(
+        self,
+        node: Node,
+        *,
+        is_tree: bool,
+        on_file: Callable[[bytes, bytes], Awaitable[None]],
+        by_name: bool = False,
+        on_error: Callable[[bytes, OSError], None] | None = None,
+    ) -> None:
         """Call `on_file` with path and packed attributes of each regular file below a directory, or of a file itself.
 
-        Without `is_tree` its sub-directories are left out. What cannot be listed is passed over, but for `node` itself.
+        Without `is_tree` its sub-directories are left out. What cannot be listed is passed over, but for `node` itself,
+        and told to `on_error` with its path. Hard links may be told by one of their names several times; `by_name` each
+        by its own.
         """
         if node.kind == stat.S_IFREG and node.attributes is not None:
             return await on_file(node.path, node.attributes)
@@ -232,8 +287,11 @@ class FileSystem:
                 if directory is node:
                     raise
                 log.info("not walked path=%r error=%r", directory.path, error.strerror)
+                if on_error is not None:
+                    on_error(directory.path, error)
                 continue
             below: list[Node] = []
+            prefix = directory.path + b"/" if directory.path else b""
             for start in range(0, len(names), NAMES_A_JOB):
                 part = names[start : start + NAMES_A_JOB]
                 await self.learn_attributes(directory, part)
@@ -242,7 +300,7 @@ class FileSystem:
                     if child is None or child.attributes is None:
                         continue
                     if child.kind == stat.S_IFREG:
-                        await on_file(child.path, child.attributes)
+                        await on_file(prefix + name if by_name else child.path, child.attributes)
                     elif child.kind == stat.S_IFDIR and is_tree:
                         below.append(child)
             waiting += reversed(below)

@@ -12,6 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterable
 
 from cachefs.source.attributes import Attributes, version_of
 
@@ -147,6 +148,12 @@ class Inodes:
         if len(directory.absent) > 10_000:
             directory.absent.clear()
         directory.absent[name] = until
+
+    def hide_children(self, parent: Node, names: Iterable[bytes]) -> None:
+        """These names are not shown: as if the source did not list them."""
+        children = directory_of(parent).children
+        for name in names:
+            self._unname(children.pop(name, None))
 
     def list_children(self, parent: Node, entries: list[tuple[bytes, int, int]], until: float) -> None:
         """All names of a directory, as the source lists them: (name, inode number, type)."""

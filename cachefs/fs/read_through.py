@@ -36,6 +36,8 @@ class ReadThrough:
         self._prefetch = prefetch
         self._nursery = nursery
         self._walks = trio.CapacityLimiter(_WALKS)
+        self.wants: Callable[[bytes], bool] | None = None
+        """Which files, by path, are worth fetching ahead; None for all."""
         self._misses: dict[int, tuple[int, set[int]]] = {}
         self._walked: set[tuple[int, bool]] = set()
 
@@ -71,8 +73,9 @@ class ReadThrough:
     async def count(self, path: bytes, on_found: Callable[[int], None]) -> None:
         """Call `on_found` with the size of each file that `warm` fetches. Raises OSError as that does."""
 
-        async def find(_: bytes, attributes: bytes) -> None:
-            on_found(size_of(attributes))
+        async def find(path: bytes, attributes: bytes) -> None:
+            if self.wants is None or self.wants(path):
+                on_found(size_of(attributes))
 
         await self._filesystem.walk(await self._filesystem.find(path), is_tree=True, on_file=find)
 
@@ -100,7 +103,8 @@ class ReadThrough:
         failures: list[OSError] = []
 
         async def hand_on(path: bytes, attributes: bytes) -> None:
-            await sending.send((path, attributes))
+            if self.wants is None or self.wants(path):
+                await sending.send((path, attributes))
 
         async def find() -> None:
             async with sending:

@@ -17,7 +17,7 @@ from typing import TextIO
 
 from cachefs.cache.scratch import Scratch, claim_scratch, unlock_scratch
 from cachefs.config import Settings
-from cachefs.errors import CachefsError
+from cachefs.errors import CachefsError, ShardError
 from cachefs.mount.memory import claim_memory, free_memory
 from cachefs.mount.notify import ServiceManager
 from cachefs.mount.purge import purge
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _KEPT_LOGS = 10
+STILL_STARTING = b" "
+"""What a daemon says over its pipe while it is not done: nothing, in JSON."""
 
 
 def serve_in_foreground(settings: Settings, on_ready: Callable[[], None]) -> None:
@@ -35,7 +37,7 @@ def serve_in_foreground(settings: Settings, on_ready: Callable[[], None]) -> Non
     faulthandler.enable()  # the SIGABRT of a watchdog then says where the loop hangs
     manager = ServiceManager.from_environment()
     _log_to(logging.StreamHandler(), settings)
-    _serve(settings, on_ready, manager=manager)
+    _serve(settings, on_ready, manager.ask_for_time if manager else _wait_patiently, manager=manager)
 
 
 def serve_in_background(settings: Settings) -> int:
@@ -76,10 +78,13 @@ def start_daemon(settings: Settings, *, is_kept: bool = False) -> tuple[int, int
 
 def problem_of_start(said: bytes, settings: Settings) -> CachefsError | None:
     """What a daemon's word over its pipe means: None if the mount answers. Nothing said is a daemon that died."""
-    if not said:
+    if not said.strip(STILL_STARTING):
         return CachefsError("the daemon died before the mount answered", f"see the logs in {settings.scratch / 'logs'}")
     report = json.loads(said)
-    return CachefsError(report["error"], report["hint"]) if "error" in report else None
+    if "error" not in report:
+        return None
+    kind = ShardError if report.get("is_shard") else CachefsError
+    return kind(report["error"], report["hint"])
 
 
 def _run_daemon(settings: Settings, pipe: int) -> None:
@@ -96,13 +101,18 @@ def _run_daemon(settings: Settings, pipe: int) -> None:
             said = True
             _say(pipe, {"pid": os.getpid()})
 
+        def on_starting() -> None:
+            with suppress(OSError):  # nobody waits any more
+                os.write(pipe, STILL_STARTING)
+
         try:
-            _serve(settings, on_ready, log_file=True)
+            _serve(settings, on_ready, on_starting, log_file=True)
             status = 0
         except CachefsError as error:
             log.error("%s", error)
             if not said:
-                _say(pipe, {"error": str(error.args[0]), "hint": error.hint})
+                is_shard = isinstance(error, ShardError)
+                _say(pipe, {"error": str(error.args[0]), "hint": error.hint, "is_shard": is_shard})
         except Exception as error:
             log.exception("the daemon ends with a bug")
             if not said:
@@ -116,6 +126,7 @@ def _run_daemon(settings: Settings, pipe: int) -> None:
 def _serve(
     settings: Settings,
     on_ready: Callable[[], None],
+    on_starting: Callable[[], None],
     *,
     log_file: bool = False,
     manager: ServiceManager | None = None,
@@ -129,7 +140,8 @@ def _serve(
     memory = None
     try:
         memory = claim_memory(settings, scratch)
-        serve(lay_grounds(settings, source_fd, scratch, memory), on_ready, manager.keep_informed if manager else None)
+        keep_informed = manager.keep_informed if manager else None
+        serve(lay_grounds(settings, source_fd, scratch, memory), on_ready, on_starting, keep_informed)
     except CachefsError:
         if memory is not None:
             unlock_scratch(memory.fd)
@@ -140,6 +152,10 @@ def _serve(
             with suppress(CachefsError):  # another mount may use it by now
                 purge(settings.scratch)  # a mount that did not come about leaves nothing behind
         raise
+
+
+def _wait_patiently() -> None:
+    """Nobody waits who would give up."""
 
 
 def _new_log(scratch: Scratch) -> TextIO:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cachefs.config import Settings
-from cachefs.errors import CachefsError, describe
+from cachefs.errors import CachefsError, ShardError, describe
 from cachefs.mount.checks import check_fuse, check_may_cover
 from cachefs.mount.control_client import ask
 from cachefs.mount.daemon import problem_of_start, start_daemon
@@ -44,7 +44,8 @@ from cachefs.mount.unmount import live_lease, scratch_of, uncover
 from cachefs.workers.fork_server import JOB_SIGNALS, ignore
 
 START_SECONDS = 60.0
-"""How long a daemon may take until its mount answers. Then its source is most likely not there at all."""
+"""How long a daemon may take until its mount answers, from when one was heard last: who lists the source to find a
+shard says so. Then its source is most likely not there at all."""
 END_SECONDS = 10.0
 """How long the daemons may take to write their index and go, all together. What is left is killed."""
 KILL_SECONDS = 2.0
@@ -236,7 +237,11 @@ class Keeper:
     def _hear(self, mount: _Mount) -> None:
         pipe = mount.pipe
         mount.hear()
-        if not mount.is_starting:
+        if mount.is_starting:
+            self._deadline = time.monotonic() + START_SECONDS
+            for claim in self._claims.values():
+                send(claim.socket, {"event": "starting"})
+        else:
             self._poll.unregister(pipe)
             mount.problem = mount.problem and self._in_full(mount.problem)
 
@@ -244,7 +249,7 @@ class Keeper:
         """Why a mount could not be made: with what kept it from private namespaces, where it would have been easier."""
         if self._forbidden is None:
             return error
-        return CachefsError(f"{self._forbidden.args[0]}, and {error.args[0]}", error.hint)
+        return type(error)(f"{self._forbidden.args[0]}, and {error.args[0]}", error.hint)
 
     def _bury(self, mount: _Mount) -> None:
         """The daemon has ended: uncover the source, and say so where the mount was in use."""
@@ -279,7 +284,10 @@ class Keeper:
         descriptors = open_namespaces() if self._is_private else ()
         message = {
             "event": "ready",
-            "mounts": [vars(Mounted(**mount.summary())) for mount in self._mounts],
+            "mounts": [
+                vars(Mounted(**mount.summary(), is_shard_missing=isinstance(mount.problem, ShardError)))
+                for mount in self._mounts
+            ],
             "is_private": self._is_private,
         }
         send(claim.socket, message, descriptors)

@@ -23,7 +23,10 @@ _NEW = "new-"
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """Who holds a lease. `process_started` is in seconds since the epoch, as psutil tells it."""
+    """Who holds a lease. `process_started` is in seconds since the epoch, as psutil tells it.
+
+    `shard` and `division` are those of config.Sharding, `fingerprint` that of the division, once it is known.
+    """
 
     id: str
     pid: int
@@ -32,6 +35,9 @@ class LeaseRecord:
     source: str
     mountpoint: str
     dataset: str
+    shard: str = ""
+    division: str = ""
+    fingerprint: str = ""
 
 
 class Lease:
@@ -40,11 +46,21 @@ class Lease:
     def __init__(self, scratch: Scratch, record: LeaseRecord) -> None:
         self.record = record
         self._scratch = scratch
-        new = f"leases/{_NEW}{record.id}"
-        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=scratch.fd)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(self._fd, json.dumps(asdict(record)).encode())
+        self._fd = self._write(record)
+
+    def renew(self, record: LeaseRecord) -> None:
+        """Let it say something else: a reader finds the one or the other, and always locked."""
+        before, self._fd = self._fd, self._write(record)
+        os.close(before)
+        self.record = record
+
+    def _write(self, record: LeaseRecord) -> int:
+        scratch, new = self._scratch, f"leases/{_NEW}{record.id}"
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=scratch.fd)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(fd, json.dumps(asdict(record)).encode())
         os.rename(new, f"leases/{record.id}", src_dir_fd=scratch.fd, dst_dir_fd=scratch.fd)  # locked and complete
+        return fd
 
     def release(self) -> None:
         os.unlink(f"leases/{self.record.id}", dir_fd=self._scratch.fd)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 
 from cachefs.cache.ledger import Ledger
 from cachefs.cache.scratch import Scratch, scratch_lock
@@ -38,7 +39,10 @@ class Membership:
             source=str(settings.source),
             mountpoint=str(settings.mountpoint),
             dataset=dataset.hex(),
+            shard="" if settings.sharding is None else str(settings.sharding),
+            division="" if settings.sharding is None else settings.sharding.division,
         )
+        self._has_left = False
         with ExitStack() as joining:
             joining.enter_context(scratch_lock(scratch.fd))
             others = live_leases(scratch, drop_dead=True)
@@ -48,9 +52,27 @@ class Membership:
             self.abandoned_trees = tuple({*trees.names()} - {other.id for other in others})
             self._joining = ExitStack() if self._is_counted else joining.pop_all()
 
+    def live(self) -> list[LeaseRecord]:
+        """The leases of all live mounts of this scratch."""
+        return live_leases(self._scratch)
+
     def live_datasets(self) -> list[bytes]:
         """The datasets of all live mounts of this scratch."""
-        return [bytes.fromhex(record.dataset) for record in live_leases(self._scratch)]
+        return [bytes.fromhex(record.dataset) for record in self.live()]
+
+    def declare(self, fingerprint: str) -> None:
+        """Say in the lease how this mount divides the source. In a thread: it waits for scratch's lock.
+
+        It opens scratch anew, for a lock that this very process holds would be no obstacle, and be gone afterwards.
+        """
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._scratch.fd)
+        try:
+            with scratch_lock(fd):
+                if not self._has_left:
+                    self.record = replace(self.record, fingerprint=fingerprint)
+                    self._lease.renew(self.record)
+        finally:
+            os.close(fd)
 
     def count_nothing(self) -> None:
         """Scratch is new: it holds nothing; let others join."""
@@ -88,6 +110,7 @@ class Membership:
 
     def _leave(self) -> None:
         with scratch_lock(self._scratch.fd):
+            self._has_left = True
             is_alone = [self.record.id] == [other.id for other in live_leases(self._scratch)]
             if is_alone:
                 self._storage.discard_abandoned()

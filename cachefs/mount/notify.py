@@ -11,6 +11,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 STATUS_SECONDS = 5.0
 """How old the status line that systemd shows may be."""
 _LAST_WORD_SECONDS = 1.0
+STARTING_MORE_SECONDS = 60
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
@@ -45,6 +47,11 @@ class ServiceManager:
             return None
         is_watched = interval.isdecimal() and int(interval) > 0 and pid in ("", str(os.getpid()))
         return cls("\0" + name[1:] if name[0] == "@" else name, int(interval) / 1e6 if is_watched else None)
+
+    def ask_for_time(self) -> None:
+        """Say that the start goes on: for so long from now on the manager's time-out of starts does not count."""
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+            sock.sendto(f"EXTEND_TIMEOUT_USEC={STARTING_MORE_SECONDS * 1_000_000}".encode(), self.address)
 
     async def keep_informed(self, status: Callable[[], Mapping[str, Any]]) -> None:
         """Say that the mount serves, then how it does, for ever; when cancelled, that it ends.

@@ -6,7 +6,8 @@ namespaces, so that only those meet who mean the same; and from their batch job,
 long: a batch system kills what a job, a task of an array or a step leaves behind, and the keeper with it.
 
     run → keeper    {"command": "report"}, {"command": "leave"}
-    keeper → run    {"event": "ready", "mounts": [...], "is_private": bool}, with the descriptors of its namespaces
+    keeper → run    {"event": "starting"}: again and again, while the source is listed to find a shard
+                    {"event": "ready", "mounts": [...], "is_private": bool}, with the descriptors of its namespaces
                     {"event": "report", ...}, {"event": "left", ...}: the answers, see `keeper`
                     {"event": "gone", "mountpoint": ..., "reason": ...}: a mount that is not there any more
 
@@ -34,7 +35,7 @@ from cachefs.workers.fork_server import detach
 
 PACKET_BYTES = 200_000
 READY_SECONDS = 90.0
-"""How long to wait for the mounts: more than the keeper gives its daemons, so only for a keeper that hangs."""
+"""How long to wait for the keeper's word: more than it gives its daemons for theirs, so only for one that hangs."""
 _BACKLOG = 1024
 _JOB_VARIABLES = (
     *("JOB_ID", "SGE_TASK_ID"),  # Grid Engine
@@ -51,12 +52,16 @@ StartKeeper = Callable[[socket.socket], None]
 
 @dataclass(frozen=True)
 class Mounted:
-    """One mount of a job, or why there is none: then the command reads the source directly."""
+    """One mount of a job, or why there is none: then the command reads the source directly.
+
+    Unless that is because its shard cannot be had.
+    """
 
     source: str
     mountpoint: str
     scratch: str
     problem: str | None = None
+    is_shard_missing: bool = False
 
 
 class Attendance:
@@ -120,6 +125,8 @@ def attend(settings: Sequence[Settings], keep: bool, start_keeper: StartKeeper) 
                 raise CachefsError("another user holds the name of this job's mounts", "this may be an attack on you")
             sock.settimeout(READY_SECONDS)
             ready, descriptors = receive(sock, _DESCRIPTORS)
+            while ready is not None and ready["event"] == "starting":
+                ready, descriptors = receive(sock, _DESCRIPTORS)
             sock.settimeout(None)
             if ready is not None:
                 return Attendance(sock, ready, descriptors)

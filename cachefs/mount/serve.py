@@ -37,7 +37,7 @@ from cachefs.cache.storage import Storage
 from cachefs.cache.tiers import Tiers
 from cachefs.cache.trees import TreeHandlers, Trees
 from cachefs.cache.write_watch import WriteWatch
-from cachefs.config import Capacity, Settings
+from cachefs.config import RESERVED_SHARE, Capacity, Settings
 from cachefs.errors import CachefsError, describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.operations import Operations
@@ -50,6 +50,7 @@ from cachefs.mount.membership import Membership
 from cachefs.mount.memory import MemoryRoom, free_memory, memory_size
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount, mount_id_of
 from cachefs.mount.promotion import Promotion
+from cachefs.mount.sharding import NO_SHARD, DeclaredShare, apply_share, find_share
 from cachefs.mount.warming import Warming
 from cachefs.source.client import Source
 from cachefs.source.handlers import SourceHandlers
@@ -130,14 +131,19 @@ def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch, memory: Sc
     return Grounds(settings, scratch, memory, storage, memory_storage, trees, watch, fork_server, dataset)
 
 
-def serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: KeepInformed | None = None) -> None:
+def serve(
+    grounds: Grounds,
+    on_ready: Callable[[], None],
+    on_starting: Callable[[], None],
+    keep_informed: KeepInformed | None = None,
+) -> None:
     """Mount and serve until unmounted or told to end; `on_ready` is called when the mount answers.
 
-    From then on `keep_informed` runs, with a function that gives the report of `status`.
-    Raises CachefsError if it cannot be mounted.
+    Until then, where it takes long, `on_starting` is called again and again; from then on `keep_informed` runs, with a
+    function that gives the report of `status`. Raises CachefsError if it cannot be mounted.
     """
     try:
-        trio.run(_serve, grounds, on_ready, keep_informed)
+        trio.run(_serve, grounds, on_ready, on_starting, keep_informed)
     except BaseExceptionGroup as group:
         expected: BaseException | None = group.subgroup(CachefsError)
         while isinstance(expected, BaseExceptionGroup):
@@ -149,7 +155,12 @@ def serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: KeepInf
         grounds.fork_server.close()
 
 
-async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: KeepInformed | None) -> None:
+async def _serve(
+    grounds: Grounds,
+    on_ready: Callable[[], None],
+    on_starting: Callable[[], None],
+    keep_informed: KeepInformed | None,
+) -> None:
     settings = grounds.settings
     metrics = Metrics()
     async with AsyncExitStack() as stack:
@@ -178,15 +189,32 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
         source = Source(pools["metadata"], pools["read"], settings.source_timeout or math.inf)
         memory = None
         if grounds.memory is not None and grounds.memory_storage is not None and memory_ledger is not None:
-            room, size = MemoryRoom(grounds.memory.fd), memory_size(settings.memory or Capacity(0))
-            copies = pools["fetch"]
-            memory = MemoryTier(size, memory_ledger, grounds.memory_storage, room, keeper, residency, copies)
+            memory = MemoryTier(
+                memory_size(settings.memory or Capacity(0)),
+                memory_ledger,
+                grounds.memory_storage,
+                MemoryRoom(grounds.memory.fd),
+                keeper,
+                residency,
+                pools["fetch"],
+            )
         tiers = Tiers([keeper] if memory is None else [memory, keeper])
         fetches = Fetches(nursery, pools["fetch"], tiers, residency, keeper, metrics, source.timeout)
         cache = Cache(source, tiers, residency, keeper, memory, fetches, metrics)
         filesystem = FileSystem(source, cache, nursery, settings.metadata_ttl - _directory_lifetime(settings))
         prefetch = Prefetch(tiers, residency, fetches, FETCH_WORKERS - DEMAND_WORKERS)
         read_through = ReadThrough(filesystem, prefetch, nursery)
+        # from before mounting until after unmounting, a signal must not end the process: the mount would stay, dead
+        ending = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+        signals = stack.enter_context(trio.open_signal_receiver(KEEPER_SIGNAL, *ending))
+        declared = None
+        if settings.sharding is not None:
+            room = _room(capacity, grounds.storage, ledger) + (memory.size if memory is not None else 0)
+            async with _ended_by(signals):
+                share = await find_share(settings.sharding, filesystem, room, on_starting)
+                await apply_share(settings.sharding, share, filesystem, cache, read_through)
+            declared = DeclaredShare(settings.sharding, share, room, membership)
+            nursery.start_soon(declared.declare)
         if settings.prefetch == "auto":
             filesystem.on_miss = read_through.note_miss
         elif settings.prefetch == "all":
@@ -236,6 +264,7 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
                 "wait_seconds": round(metrics.wait_seconds, 3),
                 **promotion.status(),
                 "tiers": _tiers_status(grounds, capacity, memory, metrics, stored, files),
+                **(NO_SHARD if declared is None else declared.status()),
                 "uptime_seconds": round(metrics.uptime_seconds, 3),
                 "pid": os.getpid(),
                 "known_entries": len(filesystem.inodes),
@@ -250,9 +279,6 @@ async def _serve(grounds: Grounds, on_ready: Callable[[], None], keep_informed: 
         streams = {"warm": Warming(read_through).answer, "flush": flush}
         await nursery.start(serve_control, grounds.scratch, membership.record.id, {"status": status}, streams)
         stack.callback(filesystem.close)
-        # from before mounting until after unmounting, a signal must not end the process: the mount would stay, dead
-        ending = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-        signals = stack.enter_context(trio.open_signal_receiver(KEEPER_SIGNAL, *ending))
         async with (
             mounted_session(Operations(filesystem, metrics), settings, membership.record.id) as session,
             _cancelled_nursery() as session_nursery,
@@ -352,6 +378,13 @@ def _capacity_bytes(settings: Settings, storage: Storage, ledger: Ledger) -> int
     return int((settings.capacity.share or 0.0) * (available + stored))
 
 
+def _room(capacity: int, storage: Storage, ledger: Ledger) -> int:
+    """Bytes that scratch can hold now, with what it holds: less than the capacity where the disk is fuller."""
+    available, total = storage.space()
+    stored, _ = ledger.stored()
+    return min(capacity, stored + max(0, int(available - RESERVED_SHARE * total)))
+
+
 def _is_in_memory(scratch: Path) -> bool:
     mount = containing_mount(scratch)
     return mount is not None and mount.fstype in MEMORY_FSTYPES
@@ -386,6 +419,18 @@ def name_of_signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+@asynccontextmanager
+async def _ended_by(signals: AsyncIterator[int]) -> AsyncIterator[None]:
+    """Raises CachefsError in its block at a signal."""
+
+    async def wait() -> None:
+        raise CachefsError(f"{name_of_signal(await anext(signals))} came before the mount was there")
+
+    async with _cancelled_nursery() as nursery:
+        nursery.start_soon(wait)
+        yield
 
 
 async def _end_on_signal(signals: AsyncIterator[int], end: Callable[[], None]) -> None:

@@ -1,0 +1,181 @@
+"""Shards: which files of a source are whose, where each rank (or node, or disk) has its part. Pure: names and sizes in.
+
+Nobody is asked: each divides on its own, and all come to the same.
+
+Invariants:
+- Each file of the listing is in exactly one shard. All names of one content (hard links) are in the same.
+- The division follows from names, sizes, links, the number of shards and the seed: not from the order of the listing,
+  the machine or Python's version. Another seed gives another one.
+- Two shards differ by no more bytes than the largest file has; and where all files are empty, by one file.
+- A name that is not in the listing, because it came later, is in the shard that its digest alone says: in one too.
+
+Files go one by one to the shard that has the fewest bytes so far (greedy list scheduling): it gets ahead of the others
+by that file at the most, hence the bound. Large ones go first, by size classes of a factor of two, so that the last
+ones, which are small, even it out; within a class in the order of their digests, which the seed stirs.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from array import array
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable
+from hashlib import blake2b
+
+_OTHERS, _CUT, _KEPT = 0, 1, 2
+"""What a file is to a share: not in it; in it, but without room in scratch; in it and kept."""
+
+
+class Listing:
+    """The regular files of a source, in whatever order they are found: some 16 bytes a file.
+
+    A name is known by 64 bits of digest. Two names that had the same, of a million files once in 40 million listings,
+    would be in the same shard: nothing more.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.salt = seed.to_bytes(16, "little")
+        self.digests = array("Q")
+        self.sizes = array("Q")
+        self.names: dict[Hashable, list[int]] = {}
+        """Of each content with several names, their digests."""
+
+    def add(self, path: bytes, size: int, content: Hashable = None) -> None:
+        """A file of `size` bytes. `content` is what all names of a file with several have in common, else None."""
+        digest = _digest(self.salt, path)
+        self.digests.append(digest)
+        self.sizes.append(size)
+        if content is not None:
+            self.names.setdefault(content, []).append(digest)
+
+
+class Division:
+    """A listing in `count` shards. `bytes` and `files` are those of each shard; a content counts once, each name does.
+
+    `fingerprint` is the same for two of them where all of it is: names, sizes, links, seed and number of shards.
+    """
+
+    def __init__(self, listing: Listing, count: int) -> None:
+        self.count = count
+        self.salt = listing.salt
+        self.digests = array("Q")
+        self.sizes = array("Q")
+        for at in sorted(range(len(listing.digests)), key=listing.digests.__getitem__):
+            if not self.digests or self.digests[-1] != listing.digests[at]:
+                self.digests.append(listing.digests[at])
+                self.sizes.append(listing.sizes[at])
+            else:  # told twice, as what is renamed while it is listed may be
+                self.sizes[-1] = max(self.sizes[-1], listing.sizes[at])
+        self.leads = self._lead_of_each_name(listing.names.values())
+        self.owners = array("H", bytes(2 * len(self.digests)))
+        self.bytes = [0] * count
+        self.files = [0] * count
+        self._deal()
+        self.fingerprint = self._sum_up()
+
+    def units(self) -> Iterable[int]:
+        """The positions of what goes to a shard on its own: all but the further names of a content."""
+        return (at for at in range(len(self.digests)) if at not in self.leads)
+
+    def _lead_of_each_name(self, contents: Iterable[list[int]]) -> dict[int, int]:
+        """Of the further names of each content, by position: the position of the first, with which they go."""
+        leads = {}
+        for digests in contents:
+            first, *others = sorted({bisect_left(self.digests, digest) for digest in digests})
+            leads.update(dict.fromkeys(others, first))
+        return leads
+
+    def _deal(self) -> None:
+        places = sorted(range(self.count), key=lambda number: blake2b(b"%d" % number, salt=self.salt).digest())
+        heap = [(0, 0, place, number) for place, number in enumerate(places)]  # bytes, files: in order, so a heap
+        sizes, empty = self.sizes, []
+        for at in sorted(self.units(), key=lambda at: -sizes[at].bit_length()):  # stable: by digest within a class
+            if not sizes[at]:
+                empty.append(at)
+                continue
+            size, files, place, number = heap[0]
+            self.owners[at] = number
+            heapq.heapreplace(heap, (size + sizes[at], files + 1, place, number))
+        for size, _, _, number in heap:
+            self.bytes[number] = size
+        fewest = [(files, place, number) for _, files, place, number in heap]
+        heapq.heapify(fewest)
+        for at in empty:  # whoever has the fewest bytes would get all of them
+            files, place, number = fewest[0]
+            self.owners[at] = number
+            heapq.heapreplace(fewest, (files + 1, place, number))
+        for files, _, number in fewest:
+            self.files[number] = files
+        for at, lead in self.leads.items():
+            self.owners[at] = self.owners[lead]
+            self.files[self.owners[lead]] += 1
+
+    def _sum_up(self) -> str:
+        summed = blake2b(b"%d" % self.count, digest_size=8, salt=self.salt)
+        for column in self.digests, self.sizes, self.owners:
+            if sys.byteorder == "big":
+                column = array(column.typecode, column)
+                column.byteswap()
+            summed.update(column.tobytes())
+        return summed.hexdigest()
+
+
+class Share:
+    """What one mount has of a division: its shard `number`, and with `grow` more than that, or with `cut` less.
+
+    Without either it keeps all of its shard. `bytes` and `files` count what is kept.
+    """
+
+    def __init__(self, division: Division, number: int) -> None:
+        self.division = division
+        self.number = number
+        self.bytes = division.bytes[number]
+        self.files = division.files[number]
+        self._marks = bytearray(_KEPT if owner == number else _OTHERS for owner in division.owners)
+
+    def grow(self, room: int) -> None:
+        """Take in files of other shards, up to `room` bytes: of the next one first, so that all grow evenly."""
+        division, number, count = self.division, self.number, self.division.count
+        others = [at for at in division.units() if division.owners[at] != number]
+        for at in sorted(others, key=lambda at: (division.owners[at] - number) % count):
+            if self.bytes + division.sizes[at] <= room:
+                self.bytes += division.sizes[at]
+                self._marks[at] = _KEPT
+        self._mark_names()
+
+    def cut(self, room: int) -> None:
+        """Keep `room` bytes at the most. What is cut off is in the share still, and read from the source."""
+        sizes = self.division.sizes
+        self.bytes = 0
+        for at in self.division.units():
+            if self._marks[at] == _KEPT:
+                if self.bytes + sizes[at] <= room:
+                    self.bytes += sizes[at]
+                else:
+                    self._marks[at] = _CUT
+        self._mark_names()
+
+    def has(self, path: bytes) -> bool:
+        """Whether a file is in the share. Some 2 us."""
+        return self._mark(path) != _OTHERS
+
+    def keeps(self, path: bytes) -> bool:
+        """Whether a file is in the share and is kept in scratch. Some 2 us."""
+        return self._mark(path) == _KEPT
+
+    def _mark(self, path: bytes) -> int:
+        digest, digests = _digest(self.division.salt, path), self.division.digests
+        at = bisect_left(digests, digest)
+        if at < len(digests) and digests[at] == digest:
+            return self._marks[at]
+        return _KEPT if digest % self.division.count == self.number else _OTHERS
+
+    def _mark_names(self) -> None:
+        for at, lead in self.division.leads.items():
+            self._marks[at] = self._marks[lead]
+        self.files = self._marks.count(_KEPT)
+
+
+def _digest(salt: bytes, path: bytes) -> int:
+    return int.from_bytes(blake2b(path, digest_size=8, salt=salt).digest(), "little")

@@ -1,0 +1,183 @@
+"""The share of one mount: found before the mount answers, told in `status`, compared with what others have found.
+
+Invariants:
+- All of the source is listed and divided before the mount serves: no file is judged twice, and a share that cannot be
+  had is an error before anything is fetched. A part of the listing that is missing is an error too: who divides less
+  than the others comes to another division.
+- A name that comes later is in one share all the same: see `cache/shards`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from cachefs.cache.cache import Cache
+from cachefs.cache.shards import Division, Listing, Share
+from cachefs.config import Sharding, format_size
+from cachefs.errors import ShardError, describe
+from cachefs.fs.filesystem import FileSystem
+from cachefs.fs.read_through import ReadThrough
+from cachefs.mount.leases import LeaseRecord
+from cachefs.mount.membership import Membership
+from cachefs.source.attributes import Attributes
+
+log = logging.getLogger(__name__)
+
+STARTING_SECONDS = 1.0
+"""How often whoever waits for the mount hears that the source is being listed."""
+_PASSED_OVER = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EACCES, errno.EPERM)
+"""What has gone while it was listed, and what nobody may look into: no rank has it."""
+
+NO_SHARD: dict[str, Any] = {
+    "shard": None,
+    "shard_by": None,
+    "shard_mode": None,
+    "shard_seed": None,
+    "shard_files": None,
+    "shard_bytes": None,
+    "shard_listed_files": None,
+    "shard_listed_bytes": None,
+    "shard_fingerprint": None,
+    "shard_warnings": [],
+}
+"""What `status` says of a mount of everything."""
+
+
+async def find_share(sharding: Sharding, filesystem: FileSystem, room: int, on_starting: Callable[[], None]) -> Share:
+    """List the source and divide it; the share, made to fit `room` bytes as `sharding` says.
+
+    `on_starting` is called every STARTING_SECONDS. Raises ShardError.
+    """
+    began = time.monotonic()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_keep_saying, on_starting)
+        listing = await _list(sharding, filesystem)
+        division = await trio.to_thread.run_sync(Division, listing, sharding.count)
+        share = Share(division, sharding.number)
+        _fit(sharding, share, room)
+        nursery.cancel_scope.cancel()
+    log.info("shard %s files=%d bytes=%d seconds=%.1f", sharding, share.files, share.bytes, time.monotonic() - began)
+    return share
+
+
+async def apply_share(
+    sharding: Sharding, share: Share, filesystem: FileSystem, cache: Cache, read_through: ReadThrough
+) -> None:
+    """From now on the mount shows, or keeps, its share alone. Where all of it fits, what it shows it keeps."""
+    cache.keeps = read_through.wants = share.keeps
+    if sharding.mode == "view":
+        await filesystem.show_only(share.has)
+
+
+class DeclaredShare:
+    """A mount's share, as it is declared to the other mounts of the scratch."""
+
+    def __init__(self, sharding: Sharding, share: Share, room: int, membership: Membership) -> None:
+        self._sharding = sharding
+        self._share = share
+        self._room = room
+        self._membership = membership
+
+    async def declare(self) -> None:
+        """Put it into the lease, and say in the log what does not go together with others. Waits for scratch's lock."""
+        fingerprint = self._share.division.fingerprint
+        await trio.to_thread.run_sync(self._membership.declare, fingerprint, abandon_on_cancel=True)
+        for warning in self.warnings():
+            log.warning("%s", warning)
+
+    def status(self) -> dict[str, Any]:
+        """Sizes in bytes; the listing's count each name."""
+        division = self._share.division
+        return {
+            "shard": f"{self._sharding.number}/{self._sharding.count}",
+            "shard_by": self._sharding.by,
+            "shard_mode": self._sharding.mode,
+            "shard_seed": self._sharding.seed,
+            "shard_files": self._share.files,
+            "shard_bytes": self._share.bytes,
+            "shard_listed_files": sum(division.files),
+            "shard_listed_bytes": sum(division.bytes),
+            "shard_fingerprint": division.fingerprint,
+            "shard_warnings": self.warnings(),
+        }
+
+    def warnings(self) -> list[str]:
+        """What does not go together with the live mounts of this scratch that divide the same source alike."""
+        ours, division = self._membership.record, self._share.division
+        alike = [
+            record
+            for record in self._membership.live()
+            if (record.dataset, record.division) == (ours.dataset, ours.division) and record.fingerprint
+        ]
+        found: list[str] = []
+        for other in alike:
+            if other.fingerprint != division.fingerprint:
+                found.append(
+                    f"the source was listed otherwise by the mount of shard {other.shard} at {other.mountpoint} "
+                    f"(fingerprint {other.fingerprint}, here {division.fingerprint}): some files may be in no shard or "
+                    "in two; mount all ranks anew while the source does not change"
+                )
+        needed = sum(division.bytes[number] for number in {_number(record) for record in alike})
+        if needed > self._room and self._share.bytes <= self._room and not self._sharding.fill:
+            found.append(
+                f"the shards of the mounts of this scratch take {format_size(needed)} together, and it has room for "
+                f"{format_size(self._room)}: the rest is read from the source"
+            )
+        if self._share.bytes < division.bytes[self._sharding.number]:
+            found.append(
+                f"{format_size(division.bytes[self._sharding.number] - self._share.bytes)} of the shard are cut off, "
+                "because scratch has no room for them: they are read from the source"
+            )
+        return found
+
+
+async def _list(sharding: Sharding, filesystem: FileSystem) -> Listing:
+    listing = Listing(sharding.seed)
+
+    async def add(path: bytes, packed: bytes) -> None:
+        attributes = Attributes.unpack(packed)
+        content = (attributes.device, attributes.inode) if attributes.links > 1 else None
+        listing.add(path, attributes.size, content)
+
+    def fail(path: bytes, error: OSError) -> None:
+        if error.errno not in _PASSED_OVER:
+            raise error
+
+    try:
+        root = await filesystem.find(b"")
+        await filesystem.walk(root, is_tree=True, on_file=add, by_name=True, on_error=fail)
+    except OSError as error:
+        raise ShardError(
+            f"the source cannot be divided into shards, because it could not be listed: {describe(error)}",
+            "try again when it answers",
+        ) from None
+    return listing
+
+
+def _fit(sharding: Sharding, share: Share, room: int) -> None:
+    if share.bytes > room:
+        if not sharding.cut:
+            raise ShardError(
+                f"shard {sharding.number}/{sharding.count} has {format_size(share.bytes)} in {share.files:,} files, "
+                f"and scratch has room for {format_size(room)}",
+                "give it more with --capacity or another --scratch, or keep what fits with --shard-cut",
+            )
+        share.cut(room)
+    elif sharding.fill:
+        share.grow(room)
+
+
+def _number(record: LeaseRecord) -> int:
+    return int(record.shard.partition("/")[0])
+
+
+async def _keep_saying(on_starting: Callable[[], None]) -> None:
+    while True:
+        await trio.sleep(STARTING_SECONDS)
+        on_starting()
