@@ -53,7 +53,7 @@ class Listing:
 class Division:
     """A listing in `count` shards. `bytes` and `files` are those of each shard; a content counts once, each name does.
 
-    `fingerprint` is the same for two of them where all of it is: names, sizes, links, seed and number of shards.
+    `fingerprint` is the same for two of them where names, sizes, seed, number of shards and what is in each are.
     """
 
     def __init__(self, listing: Listing, count: int) -> None:
