@@ -106,10 +106,10 @@ def _slurm_node(environment: Environment) -> Part | None:
 
 def _slurm_part(environment: Environment, which: str, sizes: tuple[str, ...], what: str) -> Part | None:
     """Within a step. A batch script has the variables of the first task or node, and is none of them."""
-    if which not in environment:
+    if _number(environment, which) is None:
         return None
-    if "SLURM_STEP_ID" in environment:
-        size = next((name for name in sizes if name in environment), sizes[0])
+    if environment.get("SLURM_STEP_ID"):
+        size = next((name for name in sizes if environment.get(name)), sizes[0])
         return _pair(environment, which, size)
     counts = [_number(environment, name) for name in sizes[1:]]
     if all(count in (None, 1) for count in counts):
@@ -168,7 +168,7 @@ def _task_in_range(
 def _grid_engine_rank(environment: Environment) -> Part | None:
     """A parallel environment has hosts and slots; ranks are what mpirun, say, starts in it."""
     slots, hosts = _number(environment, "NSLOTS"), _number(environment, "NHOSTS")
-    if "JOB_ID" not in environment or slots is None or hosts is None:
+    if not environment.get("JOB_ID") or slots is None or hosts is None:
         return None
     if slots == hosts:
         return _grid_engine_host(environment)
@@ -181,7 +181,7 @@ def _grid_engine_rank(environment: Environment) -> Part | None:
 
 def _grid_engine_host(environment: Environment) -> Part | None:
     count = _number(environment, "NHOSTS")
-    if "JOB_ID" not in environment or count is None:
+    if not environment.get("JOB_ID") or count is None:
         return None
     if count == 1:
         return 0, 1

@@ -178,6 +178,8 @@ def test_contradictions_name_the_variables(environment, by, names):
         ({}, "rank", "finds nothing that says which rank this is"),
         ({}, "node", "finds nothing that says which node this is"),
         ({"RANK": "", "WORLD_SIZE": ""}, "rank", "finds nothing"),
+        (dict.fromkeys({**SLURM_STEP, **GRID_ENGINE}, ""), "rank", "finds nothing"),
+        (dict.fromkeys({**SLURM_STEP, **GRID_ENGINE}, ""), "node", "finds nothing"),
         (TORCHRUN, "disk", "cannot be by disk"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "rank", "RANK is 'one', which is not a number"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "rank", "RANK is '-1'"),
