@@ -123,8 +123,9 @@ class DeclaredShare:
                     f"(fingerprint {other.fingerprint}, here {division.fingerprint}): some files may be in no shard or "
                     "in two; mount all ranks anew while the source does not change"
                 )
-        needed = sum(division.bytes[number] for number in {_number(record) for record in alike})
-        if needed > self._room and self._share.bytes <= self._room and not self._sharding.fill:
+        numbers = {_number(record) for record in alike}
+        needed = sum(division.bytes[number] for number in numbers)
+        if len(numbers) > 1 and needed > self._room:
             found.append(
                 f"the shards of the mounts of this scratch take {format_size(needed)} together, and it has room for "
                 f"{format_size(self._room)}: the rest is read from the source"
