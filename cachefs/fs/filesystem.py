@@ -234,6 +234,14 @@ class FileSystem:
         """Ask for those attributes of names in a directory that are not known, or not fresh."""
         await self._ask_attributes(directory, self._without_attributes(directory, names))
 
+    async def _learn_surely(self, directory: Node, names: Sequence[bytes]) -> None:
+        """The same, for nodes that are looked at at once: some may have been dropped again, because they were many."""
+        await self.learn_attributes(directory, names)
+        children = directory_of(directory).children
+        dropped = [name for name in names if isinstance(children.get(name), int)]
+        if dropped:
+            await self.learn_attributes(directory, dropped)
+
     async def _ask_attributes(self, parent: Node, names: list[bytes]) -> None:
         path = parent.path
         for start in range(0, len(names), NAMES_A_JOB):
@@ -278,7 +286,23 @@ class FileSystem:
         """
         if node.kind == stat.S_IFREG and node.attributes is not None:
             return await on_file(node.path, node.attributes)
-        waiting = [node]
+        held = [node]  # else its node could be dropped, with many others, before its turn comes
+        self.inodes.know(node)
+        try:
+            await self._walk_held(held, is_tree, on_file, by_name, on_error)
+        finally:
+            for directory in held:
+                self.inodes.forget(directory.inode, 1)
+
+    async def _walk_held(
+        self,
+        held: list[Node],
+        is_tree: bool,
+        on_file: Callable[[bytes, bytes], Awaitable[None]],
+        by_name: bool,
+        on_error: Callable[[bytes, OSError], None] | None,
+    ) -> None:
+        node, waiting = held[0], [held[0]]
         while waiting:
             directory = waiting.pop()
             try:
@@ -294,17 +318,21 @@ class FileSystem:
             prefix = directory.path + b"/" if directory.path else b""
             for start in range(0, len(names), NAMES_A_JOB):
                 part = names[start : start + NAMES_A_JOB]
-                await self.learn_attributes(directory, part)
+                await self._learn_surely(directory, part)
+                files: list[tuple[bytes, bytes]] = []
                 for name in part:
                     child = self.inodes.child(directory, name)
                     if child is None or child.attributes is None:
                         continue
                     if child.kind == stat.S_IFREG:
-                        await on_file(prefix + name if by_name else child.path, child.attributes)
+                        files.append((prefix + name if by_name else child.path, child.attributes))
                     elif child.kind == stat.S_IFDIR and is_tree:
+                        self.inodes.know(child)
+                        held.append(child)
                         below.append(child)
+                for path, attributes in files:
+                    await on_file(path, attributes)
             waiting += reversed(below)
-        return None
 
     # Files
 

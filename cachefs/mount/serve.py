@@ -75,6 +75,8 @@ READ_WORKERS = 8
 SCRATCH_THREADS = 8
 _DIRECTORY_LIFETIME_SHARE, _LONGEST_DIRECTORY_LIFETIME = 0.1, 5.0
 _LAST_WRITE_SECONDS = 10.0
+STARTING_SECONDS = 1.0
+"""How often whoever waits for the mount hears that the source is being listed."""
 _MIN_IDLE_TASKS, _MAX_TASKS = 8, 100_000
 """pyfuse3's tasks: a request that waits for the source keeps its own, so their number must not be the limit."""
 
@@ -210,8 +212,8 @@ async def _serve(
         declared = None
         if settings.sharding is not None:
             room = _room(capacity, grounds.storage, ledger) + (memory.size if memory is not None else 0)
-            async with _ended_by(signals):
-                share = await find_share(settings.sharding, filesystem, room, on_starting)
+            async with _starting(signals, on_starting):
+                share = await find_share(settings.sharding, filesystem, room)
                 await apply_share(settings.sharding, share, filesystem, cache, read_through)
             declared = DeclaredShare(settings.sharding, share, room, membership)
             nursery.start_soon(declared.declare)
@@ -422,14 +424,20 @@ def name_of_signal(number: int) -> str:
 
 
 @asynccontextmanager
-async def _ended_by(signals: AsyncIterator[int]) -> AsyncIterator[None]:
-    """Raises CachefsError in its block at a signal."""
+async def _starting(signals: AsyncIterator[int], on_starting: Callable[[], None]) -> AsyncIterator[None]:
+    """Says every STARTING_SECONDS that its block goes on. Raises CachefsError in it at a signal."""
 
     async def wait() -> None:
         raise CachefsError(f"{name_of_signal(await anext(signals))} came before the mount was there")
 
+    async def keep_saying() -> None:
+        while True:
+            await trio.sleep(STARTING_SECONDS)
+            on_starting()
+
     async with _cancelled_nursery() as nursery:
         nursery.start_soon(wait)
+        nursery.start_soon(keep_saying)
         yield
 
 

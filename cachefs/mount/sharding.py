@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -29,8 +28,6 @@ from cachefs.source.attributes import Attributes
 
 log = logging.getLogger(__name__)
 
-STARTING_SECONDS = 1.0
-"""How often whoever waits for the mount hears that the source is being listed."""
 _PASSED_OVER = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EACCES, errno.EPERM)
 """What has gone while it was listed, and what nobody may look into: no rank has it."""
 
@@ -49,19 +46,13 @@ NO_SHARD: dict[str, Any] = {
 """What `status` says of a mount of everything."""
 
 
-async def find_share(sharding: Sharding, filesystem: FileSystem, room: int, on_starting: Callable[[], None]) -> Share:
-    """List the source and divide it; the share, made to fit `room` bytes as `sharding` says.
-
-    `on_starting` is called every STARTING_SECONDS. Raises ShardError.
-    """
+async def find_share(sharding: Sharding, filesystem: FileSystem, room: int) -> Share:
+    """List the source and divide it; the share, made to fit `room` bytes as `sharding` says. Raises ShardError."""
     began = time.monotonic()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_keep_saying, on_starting)
-        listing = await _list(sharding, filesystem)
-        division = await trio.to_thread.run_sync(Division, listing, sharding.count)
-        share = Share(division, sharding.number)
-        _fit(sharding, share, room)
-        nursery.cancel_scope.cancel()
+    listing = await _list(sharding, filesystem)
+    division = await trio.to_thread.run_sync(Division, listing, sharding.count)
+    share = Share(division, sharding.number)
+    _fit(sharding, share, room)
     log.info("shard %s files=%d bytes=%d seconds=%.1f", sharding, share.files, share.bytes, time.monotonic() - began)
     return share
 
@@ -176,9 +167,3 @@ def _fit(sharding: Sharding, share: Share, room: int) -> None:
 
 def _number(record: LeaseRecord) -> int:
     return int(record.shard.partition("/")[0])
-
-
-async def _keep_saying(on_starting: Callable[[], None]) -> None:
-    while True:
-        await trio.sleep(STARTING_SECONDS)
-        on_starting()
