@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,16 @@ def mount(
     from cachefs.mount.daemon import serve_in_background, serve_in_foreground  # slow: help and refusals need none
 
     if foreground:
-        serve_in_foreground(settings, lambda: _announce(settings))
+        serve_in_foreground(settings, lambda said: _announce(settings, said))
     else:
-        serve_in_background(settings)
-        _warn(settings)
+        serve_in_background(settings, lambda said: _warn(settings, said))
 
 
-def _announce(settings: Settings) -> None:
-    _warn(settings)
+def _announce(settings: Settings, said: Sequence[str]) -> None:
+    _warn(settings, said)
     complain(f"serving {settings.mountpoint}")
 
 
-def _warn(settings: Settings) -> None:
-    for warning in warnings(settings):
+def _warn(settings: Settings, said: Sequence[str]) -> None:
+    for warning in (*warnings(settings), *said):
         complain(f"warning: {warning}")

@@ -178,7 +178,8 @@ class _Job:
             served = [
                 one for one, mount in zip(self._settings, attendance.mounts, strict=True) if mount.problem is None
             ]
-            for warning in {text for one in served for text in warnings(one)}:
+            said = [text for mount in attendance.mounts for text in mount.warnings]
+            for warning in [*{text for one in served for text in warnings(one)}, *said]:
                 _tell_user(f"warning: {warning}")
 
     def _go_without(self, reason: str) -> None:

@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TextIO
 
@@ -21,7 +21,7 @@ from cachefs.errors import CachefsError, ShardError
 from cachefs.mount.memory import claim_memory, free_memory
 from cachefs.mount.notify import ServiceManager
 from cachefs.mount.purge import purge
-from cachefs.mount.serve import KEEPER_SIGNAL, lay_grounds, open_source, serve
+from cachefs.mount.serve import KEEPER_SIGNAL, OnReady, lay_grounds, open_source, serve
 from cachefs.workers.fork_server import JOB_SIGNALS, detach, end_with_parent, ignore
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ STILL_STARTING = b" "
 """What a daemon says over its pipe while it is not done: nothing, in JSON."""
 
 
-def serve_in_foreground(settings: Settings, on_ready: Callable[[], None]) -> None:
+def serve_in_foreground(settings: Settings, on_ready: OnReady) -> None:
     """Serve in this process until the mount ends; log to stderr, and tell systemd if that has started it."""
     faulthandler.enable()  # the SIGABRT of a watchdog then says where the loop hangs
     manager = ServiceManager.from_environment()
@@ -40,7 +40,7 @@ def serve_in_foreground(settings: Settings, on_ready: Callable[[], None]) -> Non
     _serve(settings, on_ready, manager.ask_for_time if manager else _wait_patiently, manager=manager)
 
 
-def serve_in_background(settings: Settings) -> int:
+def serve_in_background(settings: Settings, on_ready: OnReady | None = None) -> int:
     """Serve in a daemon and return its pid when it answers. Raises CachefsError if it does not get that far."""
     pid, reading = start_daemon(settings)
     try:
@@ -54,6 +54,8 @@ def serve_in_background(settings: Settings) -> int:
     if problem is not None:
         os.waitpid(pid, 0)
         raise problem
+    if on_ready is not None:
+        on_ready(warnings_of_start(said))
     return pid
 
 
@@ -87,6 +89,11 @@ def problem_of_start(said: bytes, settings: Settings) -> CachefsError | None:
     return kind(report["error"], report["hint"])
 
 
+def warnings_of_start(said: bytes) -> list[str]:
+    """What a daemon whose mount answers has to say of it."""
+    return list(json.loads(said)["warnings"])
+
+
 def _run_daemon(settings: Settings, pipe: int) -> None:
     """Serve, say over `pipe` how the start went, and exit."""
     status = 1
@@ -96,10 +103,10 @@ def _run_daemon(settings: Settings, pipe: int) -> None:
         os.umask(0o077)
         said = False
 
-        def on_ready() -> None:
+        def on_ready(warnings: Sequence[str]) -> None:
             nonlocal said
             said = True
-            _say(pipe, {"pid": os.getpid()})
+            _say(pipe, {"pid": os.getpid(), "warnings": list(warnings)})
 
         def on_starting() -> None:
             with suppress(OSError):  # nobody waits any more
@@ -125,7 +132,7 @@ def _run_daemon(settings: Settings, pipe: int) -> None:
 
 def _serve(
     settings: Settings,
-    on_ready: Callable[[], None],
+    on_ready: OnReady,
     on_starting: Callable[[], None],
     *,
     log_file: bool = False,

@@ -29,7 +29,7 @@ from cachefs.config import Settings
 from cachefs.errors import CachefsError, ShardError, describe
 from cachefs.mount.checks import check_fuse, check_may_cover
 from cachefs.mount.control_client import ask
-from cachefs.mount.daemon import problem_of_start, start_daemon
+from cachefs.mount.daemon import problem_of_start, start_daemon, warnings_of_start
 from cachefs.mount.mountinfo import find_mount
 from cachefs.mount.namespaces import (
     bind_read_only,
@@ -62,6 +62,7 @@ class _Mount:
         self.pidfd = -1
         self.pipe = -1
         self.said = b""
+        self.warnings: list[str] = []
         self.problem: CachefsError | None = None
         self.has_served = False
         self.last_status: dict[str, Any] = {}
@@ -86,6 +87,8 @@ class _Mount:
             self._close_pipe()
             self.problem = problem_of_start(self.said, self.settings)
             self.has_served = self.problem is None
+            if self.has_served:
+                self.warnings = warnings_of_start(self.said)
 
     def give_up(self) -> None:
         """It takes too long."""
@@ -285,7 +288,13 @@ class Keeper:
         message = {
             "event": "ready",
             "mounts": [
-                vars(Mounted(**mount.summary(), is_shard_missing=isinstance(mount.problem, ShardError)))
+                vars(
+                    Mounted(
+                        **mount.summary(),
+                        is_shard_missing=isinstance(mount.problem, ShardError),
+                        warnings=tuple(mount.warnings),
+                    )
+                )
                 for mount in self._mounts
             ],
             "is_private": self._is_private,

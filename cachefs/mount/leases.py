@@ -7,6 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -57,9 +58,16 @@ class Lease:
     def _write(self, record: LeaseRecord) -> int:
         scratch, new = self._scratch, f"leases/{_NEW}{record.id}"
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=scratch.fd)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(fd, json.dumps(asdict(record)).encode())
-        os.rename(new, f"leases/{record.id}", src_dir_fd=scratch.fd, dst_dir_fd=scratch.fd)  # locked and complete
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            content = json.dumps(asdict(record)).encode()
+            if os.write(fd, content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), new)
+            os.rename(new, f"leases/{record.id}", src_dir_fd=scratch.fd, dst_dir_fd=scratch.fd)  # locked and complete
+        except BaseException:
+            os.close(fd)
+            os.unlink(new, dir_fd=scratch.fd)
+            raise
         return fd
 
     def release(self) -> None:

@@ -61,7 +61,7 @@ class Membership:
         return [bytes.fromhex(record.dataset) for record in self.live()]
 
     def declare(self, fingerprint: str) -> None:
-        """Say in the lease how this mount divides the source. In a thread: it waits for scratch's lock.
+        """Say in the lease how this mount divides the source. In a thread: it waits for scratch's lock. Raises OSError.
 
         It opens scratch anew, for a lock that this very process holds would be no obstacle, and be gone afterwards.
         """

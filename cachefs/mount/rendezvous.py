@@ -62,6 +62,7 @@ class Mounted:
     scratch: str
     problem: str | None = None
     is_shard_missing: bool = False
+    warnings: Sequence[str] = ()
 
 
 class Attendance:

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +80,8 @@ STARTING_SECONDS = 1.0
 _MIN_IDLE_TASKS, _MAX_TASKS = 8, 100_000
 """pyfuse3's tasks: a request that waits for the source keeps its own, so their number must not be the limit."""
 
+OnReady = Callable[[Sequence[str]], None]
+"""Called when the mount answers, with what works but not as was asked for."""
 KeepInformed = Callable[[Callable[[], Mapping[str, Any]]], Awaitable[None]]
 
 
@@ -135,7 +137,7 @@ def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch, memory: Sc
 
 def serve(
     grounds: Grounds,
-    on_ready: Callable[[], None],
+    on_ready: OnReady,
     on_starting: Callable[[], None],
     keep_informed: KeepInformed | None = None,
 ) -> None:
@@ -159,7 +161,7 @@ def serve(
 
 async def _serve(
     grounds: Grounds,
-    on_ready: Callable[[], None],
+    on_ready: OnReady,
     on_starting: Callable[[], None],
     keep_informed: KeepInformed | None,
 ) -> None:
@@ -287,7 +289,7 @@ async def _serve(
         ):
 
             def ready() -> None:
-                on_ready()
+                on_ready([] if declared is None else declared.warnings())
                 if keep_informed is not None:
                     session_nursery.start_soon(keep_informed, lambda: status({}))
 

@@ -78,7 +78,10 @@ class DeclaredShare:
     async def declare(self) -> None:
         """Put it into the lease, and say in the log what does not go together with others. Waits for scratch's lock."""
         fingerprint = self._share.division.fingerprint
-        await trio.to_thread.run_sync(self._membership.declare, fingerprint, abandon_on_cancel=True)
+        try:
+            await trio.to_thread.run_sync(self._membership.declare, fingerprint, abandon_on_cancel=True)
+        except OSError as error:
+            log.warning("other mounts do not hear of this shard error=%r", describe(error))
         for warning in self.warnings():
             log.warning("%s", warning)
 
@@ -101,9 +104,13 @@ class DeclaredShare:
     def warnings(self) -> list[str]:
         """What does not go together with the live mounts of this scratch that divide the same source alike."""
         ours, division = self._membership.record, self._share.division
+        try:
+            live = self._membership.live()
+        except OSError:  # somebody has removed scratch
+            live = []
         alike = [
             record
-            for record in self._membership.live()
+            for record in live
             if (record.dataset, record.division) == (ours.dataset, ours.division) and record.fingerprint
         ]
         found: list[str] = []

@@ -213,6 +213,7 @@ class TestRoom:
         options = ("--shard", "0/2", "--shard-mode", "view", "--shard-cut", "--capacity", "50K", "--prefetch", "all")
         cache = mounted(tree, *options, at=mountpoint)
         cache.must_log("of the shard are cut off, because scratch has no room")
+        assert re.fullmatch(r"cachefs: warning: \S+ KiB of the shard are cut off, .*\n", cache.started.stderr)
         status = counters(cache)
         wait_until(lambda: counters(cache)["fetches"] == status["shard_files"], "what is left of it is fetched")
         assert 30_000 < status["shard_bytes"] <= 50 << 10
@@ -255,6 +256,7 @@ class TestListing:
         first, second = caches
         first.expect_log("the source was listed otherwise")
         second.must_log("the source was listed otherwise by the mount of shard 0/2")
+        assert "warning: the source was listed otherwise by the mount of shard 0/2" in second.started.stderr
         wait_until(lambda: counters(first)["shard_warnings"], "the first says so too")
         ours, theirs = counters(first), counters(second)
         assert ours["shard_fingerprint"] != theirs["shard_fingerprint"]

@@ -77,6 +77,8 @@ def test_a_shard_that_cannot_fit_runs_nothing(place: JobPlace):
     assert_clean(place)
     done = place.cached("echo", "run", options=("--shard", "0/2", "--capacity", "100", "--shard-cut"))
     assert (done.returncode, done.stdout) == (0, "run\n")
+    (warning,) = warnings_of(done.stderr)
+    assert " of the shard are cut off, because scratch has no room for them" in warning
     assert_clean(place)
 
 

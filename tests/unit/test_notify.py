@@ -92,6 +92,13 @@ class TestEnvironment:
         assert manager == ServiceManager("/n")
 
 
+def test_more_time_to_start(manager: ServiceManager, listener: Listener):
+    """While the source is listed to find a shard."""
+    manager.ask_for_time()
+    assert listener.hear() == [f"EXTEND_TIMEOUT_USEC={notify.STARTING_MORE_SECONDS * 1_000_000}"]
+    ServiceManager("/nowhere").ask_for_time()  # nobody is there: it starts all the same
+
+
 class TestKeepInformed:
     def test_from_the_first_word_to_the_last(self, listener, manager):
         heard = []
