@@ -37,7 +37,7 @@ from cachefs.cache.storage import Storage
 from cachefs.cache.tiers import Tiers
 from cachefs.cache.trees import TreeHandlers, Trees
 from cachefs.cache.write_watch import WriteWatch
-from cachefs.config import RESERVED_SHARE, Capacity, Settings
+from cachefs.config import Capacity, Settings
 from cachefs.errors import CachefsError, describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.operations import Operations
@@ -50,7 +50,7 @@ from cachefs.mount.membership import Membership
 from cachefs.mount.memory import MemoryRoom, free_memory, memory_size
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount, mount_id_of
 from cachefs.mount.promotion import Promotion
-from cachefs.mount.sharding import NO_SHARD, DeclaredShare, apply_share, find_share
+from cachefs.mount.sharding import NO_SHARD, DeclaredShare, room_in, take_share
 from cachefs.mount.warming import Warming
 from cachefs.source.client import Source
 from cachefs.source.handlers import SourceHandlers
@@ -208,16 +208,22 @@ async def _serve(
         filesystem = FileSystem(source, cache, nursery, settings.metadata_ttl - _directory_lifetime(settings))
         prefetch = Prefetch(tiers, residency, fetches, FETCH_WORKERS - DEMAND_WORKERS)
         read_through = ReadThrough(filesystem, prefetch, nursery)
+        # before anything that takes long: until scratch is counted no other mount can join
+        source_name = os.fsencode(settings.source)
+        nursery.start_soon(_look_after_index, membership, residency, keeper, source_name, pools["index"])
         # from before mounting until after unmounting, a signal must not end the process: the mount would stay, dead
         ending = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
         signals = stack.enter_context(trio.open_signal_receiver(KEEPER_SIGNAL, *ending))
         declared = None
         if settings.sharding is not None:
-            room = _room(capacity, grounds.storage, ledger) + (memory.size if memory is not None else 0)
+
+            def room() -> int:
+                beside = memory.size if memory is not None else 0
+                return room_in(capacity, grounds.storage, ledger) + beside
+
             async with _starting(signals, on_starting):
-                share = await find_share(settings.sharding, filesystem, room)
-                await apply_share(settings.sharding, share, filesystem, cache, read_through)
-            declared = DeclaredShare(settings.sharding, share, room, membership)
+                share = await take_share(settings.sharding, room, filesystem, cache, read_through)
+            declared = DeclaredShare(settings.sharding, share, room(), membership)
             nursery.start_soon(declared.declare)
         if settings.prefetch == "auto":
             filesystem.on_miss = read_through.note_miss
@@ -239,8 +245,6 @@ async def _serve(
         if memory is not None:
             memory.promotes = lambda: promotion.reason_against is None
             nursery.start_soon(memory.run)
-        source_name = os.fsencode(settings.source)
-        nursery.start_soon(_look_after_index, membership, residency, keeper, source_name, pools["index"])
 
         def status(_: Mapping[str, Any]) -> dict[str, Any]:
             stored, files = ledger.stored()
@@ -380,13 +384,6 @@ def _capacity_bytes(settings: Settings, storage: Storage, ledger: Ledger) -> int
     available, _ = storage.space()
     stored, _ = ledger.stored()
     return int((settings.capacity.share or 0.0) * (available + stored))
-
-
-def _room(capacity: int, storage: Storage, ledger: Ledger) -> int:
-    """Bytes that scratch can hold now, with what it holds: less than the capacity where the disk is fuller."""
-    available, total = storage.space()
-    stored, _ = ledger.stored()
-    return min(capacity, stored + max(0, int(available - RESERVED_SHARE * total)))
 
 
 def _is_in_memory(scratch: Path) -> bool:

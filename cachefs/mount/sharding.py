@@ -12,13 +12,16 @@ from __future__ import annotations
 import errno
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import trio
 
 from cachefs.cache.cache import Cache
+from cachefs.cache.ledger import Ledger
 from cachefs.cache.shards import Division, Listing, Share
-from cachefs.config import Sharding, format_size
+from cachefs.cache.storage import Storage
+from cachefs.config import RESERVED_SHARE, Sharding, format_size
 from cachefs.errors import ShardError, describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.read_through import ReadThrough
@@ -46,24 +49,36 @@ NO_SHARD: dict[str, Any] = {
 """What `status` says of a mount of everything."""
 
 
-async def find_share(sharding: Sharding, filesystem: FileSystem, room: int) -> Share:
-    """List the source and divide it; the share, made to fit `room` bytes as `sharding` says. Raises ShardError."""
+async def take_share(
+    sharding: Sharding, room: Callable[[], int], filesystem: FileSystem, cache: Cache, read_through: ReadThrough
+) -> Share:
+    """Find the share, and have the mount show, or keep, that alone from now on. Raises ShardError.
+
+    `room` is asked for when the listing is there: how many bytes scratch can hold.
+    """
     began = time.monotonic()
-    listing = await _list(sharding, filesystem)
-    division = await trio.to_thread.run_sync(Division, listing, sharding.count)
-    share = Share(division, sharding.number)
-    _fit(sharding, share, room)
+    share = await find_share(sharding, room, filesystem)
+    cache.keeps = read_through.wants = share.keeps
+    if sharding.mode == "view":
+        await filesystem.show_only(share.has)
     log.info("shard %s files=%d bytes=%d seconds=%.1f", sharding, share.files, share.bytes, time.monotonic() - began)
     return share
 
 
-async def apply_share(
-    sharding: Sharding, share: Share, filesystem: FileSystem, cache: Cache, read_through: ReadThrough
-) -> None:
-    """From now on the mount shows, or keeps, its share alone. Where all of it fits, what it shows it keeps."""
-    cache.keeps = read_through.wants = share.keeps
-    if sharding.mode == "view":
-        await filesystem.show_only(share.has)
+async def find_share(sharding: Sharding, room: Callable[[], int], filesystem: FileSystem) -> Share:
+    """List the source and divide it; the share, made to fit the room as `sharding` says. Raises ShardError."""
+    listing = await _list(sharding, filesystem)
+    division = await trio.to_thread.run_sync(Division, listing, sharding.count)
+    share = Share(division, sharding.number)
+    _fit(sharding, share, room())
+    return share
+
+
+def room_in(capacity: int, storage: Storage, ledger: Ledger) -> int:
+    """Bytes that scratch can hold, with what it holds: less than the capacity where the disk has no more."""
+    available, total = storage.space()
+    stored, _ = ledger.stored()
+    return min(capacity, stored + max(0, int(available - RESERVED_SHARE * total)))
 
 
 class DeclaredShare:

@@ -150,7 +150,7 @@ def test_a_walk_tells_all_files_of_more_than_are_remembered(tmp_path, monkeypatc
 def test_a_directory_that_has_gone_or_is_closed_is_passed_over(source, tmp_path, number):
     async def main(made):
         made.source.errors["list", b"a"] = number
-        share = await find_share(Sharding(0, 1), made.filesystem, 1 << 30)
+        share = await find_share(Sharding(0, 1), lambda: 1 << 30, made.filesystem)
         assert share.files == 2
 
     in_world(tmp_path, main)
@@ -161,6 +161,6 @@ def test_a_directory_that_cannot_be_listed_is_an_error(source, tmp_path, path):
     async def main(made):
         made.source.errors["list", path] = errno.EIO
         with pytest.raises(ShardError, match="could not be listed: Input/output error"):
-            await find_share(Sharding(0, 2), made.filesystem, 1 << 30)
+            await find_share(Sharding(0, 2), lambda: 1 << 30, made.filesystem)
 
     in_world(tmp_path, main)

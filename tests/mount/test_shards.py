@@ -292,8 +292,10 @@ class TestListing:
         cache = mounted(slow.path, "--shard", "0/1", at=mountpoint)
         assert counters(cache)["shard_listed_files"] == (FOLDERS - 1) * FILES
 
-    def test_one_that_takes_long_can_be_interrupted(self, tree, slow_source, mountpoint, tmp_path):
-        """Nothing is left."""
+    def test_one_that_takes_long_holds_nobody_up_and_can_be_interrupted(
+        self, tree, slow_source, mounted, mountpoint, tmp_path
+    ):
+        """Other mounts join the scratch meanwhile; nothing is left."""
         slow = slow_source(tree)
         slow.fail("class2", "readdir", hang=True)
         scratch = tmp_path / "scratch"
@@ -301,10 +303,12 @@ class TestListing:
         line = [*CACHEFS, *map(str, ("mount", slow.path, mountpoint, *options))]
         process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=clean_environment())
         wait_until(lambda: slow.statistics().operations.get("readdir", 0) > 1, "it lists")
+        other = mounted(tree, "--shard", "0/2", scratch=scratch)
         process.terminate()
         _, said = process.communicate(timeout=60)
         assert process.returncode == 1
         assert "SIGTERM came before the mount was there" in said
+        other.unmount("--purge")
         assert not scratch.exists()
 
 
