@@ -18,7 +18,7 @@ RATIO = "ratio"
 
 Circumstances = dict[str, float]
 """What a value depends on besides contender and case: `processes`, `latency_ms`, `bandwidth_mb_s`, `files`,
-`file_bytes`, `capacity_share`, `samples`, `workers`, `epoch`."""
+`file_bytes`, `capacity_share`, `samples`, `workers`, `epoch`, `percentile`."""
 
 
 def describe_circumstances(circumstances: Circumstances) -> str:
@@ -31,6 +31,7 @@ def describe_circumstances(circumstances: Circumstances) -> str:
         "capacity_share": lambda value: f"capacity {value:.0%}",
         "workers": lambda value: f"{value:g} worker{'' if value == 1 else 's'}",
         "samples": lambda value: f"{value:,.0f} samples",
+        "percentile": lambda value: f"{value:g}% of files",
         "epoch": lambda value: f"epoch {value:g}",
         "file_bytes": lambda value: f"{value:,.0f} bytes each",
     }

@@ -81,6 +81,8 @@ class Measured:
     """What a reader took before that to find out which files there are."""
     waited_seconds: float | None = None
     """For how much of it a training waited for its data."""
+    latencies: tuple[float, ...] | None = None
+    """Of each file."""
 
     @property
     def scale(self) -> tuple[float, str]:
@@ -226,6 +228,7 @@ class Stage:
                 requests,
                 answer.get("listing_seconds"),
                 answer.get("waited_seconds"),
+                tuple(answer.get("latencies", ())),
             )
             for answer in answers
         ]

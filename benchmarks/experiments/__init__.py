@@ -9,5 +9,5 @@ Each has a docstring that is its title, REPETITIONS unless others are asked for,
 
 from __future__ import annotations
 
-EXPERIMENTS = ("local_and_remote", "capacity_sweep", "epochs", "workers")
+EXPERIMENTS = ("local_and_remote", "capacity_sweep", "tiers", "epochs", "workers")
 """In the order in which they are run."""

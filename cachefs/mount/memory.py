@@ -10,19 +10,29 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from cachefs.cache.ledger import Ledger
+from cachefs.cache.memory import MemoryTier
 from cachefs.cache.scratch import Scratch, claim_scratch
+from cachefs.cache.storage import Storage
+from cachefs.cache.trees import Trees
 from cachefs.config import SPARED_MEMORY_SHARE, Capacity, Settings, format_size
-from cachefs.errors import UsageError
+from cachefs.errors import CachefsError, UsageError
+from cachefs.metrics import Metrics
 from cachefs.mount.limits import find_memory_limit
+from cachefs.mount.membership import Membership
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount
 from cachefs.mount.purge import ScratchInUseError, purge
+
+log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.1
 _CHOOSE = "choose a smaller --memory"
@@ -100,6 +110,43 @@ def free_memory(path: Path) -> None:
     if os.path.lexists(path):
         with suppress(ScratchInUseError):
             purge(path)
+
+
+def join_memory(settings: Settings, place: Scratch, storage: Storage, dataset: bytes, stack: AsyncExitStack) -> Ledger:
+    """The ledger of a claimed memory tier, which is left, and freed by whoever is the last, when `stack` ends."""
+    membership = Membership(settings, place, storage, Trees(place.fd), dataset)
+
+    def leave() -> None:
+        membership.leave()
+        try:
+            free_memory(place.path)
+        except CachefsError as error:
+            log.warning("memory tier not freed error=%r", str(error))
+
+    stack.callback(leave)
+    membership.count_nothing()
+    return membership.ledger
+
+
+def describe_tiers(
+    scratch: Scratch,
+    capacity: int,
+    stored: int,
+    files: int,
+    metrics: Metrics,
+    memory: Scratch | None,
+    tier: MemoryTier | None,
+) -> list[dict[str, Any]]:
+    """What is in each tier, the fastest first, and how many hits it had; files that have moved between them.
+
+    `capacity` and `stored` (bytes) and `files` are those of `scratch`.
+    """
+    hits = metrics.hits - (tier.hits if tier is not None else 0)
+    counts = {"capacity_bytes": capacity, "files": files, "bytes": stored, "hits": hits}
+    found: list[dict[str, Any]] = [{"path": str(scratch.path), **counts}]
+    if memory is not None and tier is not None:
+        found.insert(0, {"path": str(memory.path), **tier.status()})
+    return found
 
 
 class MemoryRoom:

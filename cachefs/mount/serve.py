@@ -47,7 +47,7 @@ from cachefs.mount.control import Send, serve_control
 from cachefs.mount.fuse_session import mounted_session
 from cachefs.mount.leases import boot_id
 from cachefs.mount.membership import Membership
-from cachefs.mount.memory import MemoryRoom, free_memory, memory_size
+from cachefs.mount.memory import MemoryRoom, describe_tiers, join_memory, memory_size
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount, mount_id_of
 from cachefs.mount.promotion import Promotion
 from cachefs.mount.sharding import NO_SHARD, DeclaredShare, room_in, take_share
@@ -172,7 +172,9 @@ async def _serve(
         membership = Membership(settings, grounds.scratch, grounds.storage, grounds.trees, grounds.dataset)
         stack.callback(membership.leave)
         ledger = membership.ledger
-        memory_ledger = _join_memory(grounds, stack)
+        memory_ledger = None
+        if grounds.memory is not None and grounds.memory_storage is not None:
+            memory_ledger = join_memory(settings, grounds.memory, grounds.memory_storage, grounds.dataset, stack)
         capacity = _capacity_bytes(settings, grounds.storage, ledger)
         residency = Residency(grounds.dataset, grounds.storage.boot, pools["index"], recency=settings.policy != "hold")
         stack.push_async_callback(_write_last, residency, membership)
@@ -271,7 +273,7 @@ async def _serve(
                 "bytes_served": metrics.bytes_served,
                 "wait_seconds": round(metrics.wait_seconds, 3),
                 **promotion.status(),
-                "tiers": _tiers_status(grounds, capacity, memory, metrics, stored, files),
+                "tiers": describe_tiers(grounds.scratch, capacity, stored, files, metrics, grounds.memory, memory),
                 **(NO_SHARD if declared is None else declared.status()),
                 "uptime_seconds": round(metrics.uptime_seconds, 3),
                 "pid": os.getpid(),
@@ -305,37 +307,6 @@ async def _serve(
             session_nursery.start_soon(session.announce, ready)
             session_nursery.start_soon(promotion.run, membership.abandoned_trees)
             await _answer_requests()
-
-
-def _join_memory(grounds: Grounds, stack: AsyncExitStack) -> Ledger | None:
-    """The ledger of the memory tier, which is left, and freed by whoever is the last, when `stack` ends."""
-    place, storage = grounds.memory, grounds.memory_storage
-    if place is None or storage is None:
-        return None
-    membership = Membership(grounds.settings, place, storage, Trees(place.fd), grounds.dataset)
-
-    def leave() -> None:
-        membership.leave()
-        try:
-            free_memory(place.path)
-        except CachefsError as error:
-            log.warning("memory tier not freed error=%r", str(error))
-
-    stack.callback(leave)
-    membership.count_nothing()
-    return membership.ledger
-
-
-def _tiers_status(
-    grounds: Grounds, capacity: int, memory: MemoryTier | None, metrics: Metrics, stored: int, files: int
-) -> list[dict[str, Any]]:
-    """What is in each tier, the fastest first, and how many hits it had; files that have moved between them."""
-    hits = metrics.hits - (memory.hits if memory is not None else 0)
-    scratch = {"capacity_bytes": capacity, "files": files, "bytes": stored, "hits": hits}
-    found: list[dict[str, Any]] = [{"path": str(grounds.scratch.path), **scratch}]
-    if memory is not None and grounds.memory is not None:
-        found.insert(0, {"path": str(grounds.memory.path), **memory.status()})
-    return found
 
 
 async def _answer_requests() -> None:

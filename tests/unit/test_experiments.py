@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import rasters, report
-from benchmarks.experiments import EXPERIMENTS, capacity_sweep, epochs, local_and_remote, workers
+from benchmarks.experiments import EXPERIMENTS, capacity_sweep, epochs, local_and_remote, tiers, workers
 from benchmarks.fit import fit_line
 from benchmarks.network import missing_sshfs, sshfs
 from benchmarks.results import Result, Run
@@ -71,6 +71,28 @@ def test_the_sweep_fits_a_line_to_what_is_saved():
     assert "The first epoch against uncached: +10.0% (+10.0% to +10.0%)." in line
 
 
+def tiers_of() -> Run:
+    """Memory beside a scratch of half the data makes an epoch 4 times as fast; above one of all of it, as fast."""
+    ways = (tiers.IN_MEMORY, tiers.IN_PAGE_CACHE, tiers.ON_DISK, tiers.MISS, tiers.UNCACHED)
+    results = [
+        Result(tiers.LATENCY, way, "latency", "ms", [number * percentile / 50], {"percentile": percentile})
+        for number, way in enumerate(ways, start=1)
+        for percentile in tiers.PERCENTILES
+    ]
+    seconds = {tiers.UNCACHED: 10.0, tiers.HALF: 4.0, tiers.BOTH: 1.0, tiers.WHOLE: 0.5, tiers.WHOLE_BOTH: 0.5}
+    for way, taken in seconds.items():
+        results += [Result(case, way, "time", "s", [taken]) for case in (tiers.COLD, tiers.WARM)]
+        results.append(Result("kept", way, "kept", "of bytes", [0.5]))
+    return dataclasses.replace(a_run("tiers"), results=results)
+
+
+def test_what_memory_above_scratch_brings():
+    text = "\n".join(tiers.summarize(tiers_of()))
+    assert "| hit on disk | 3.00 | 5.70 | 5.94 |" in text
+    assert "memory for the other half makes an epoch 4.00 times as fast" in text
+    assert "an epoch takes 1.00 times as long with memory above as without" in text
+
+
 def three_epochs() -> Run:
     """As the forerunner had them, with another source's name."""
     results = [
@@ -120,11 +142,11 @@ def test_local_and_remote_says_what_is_best():
 def test_experiments_are_in_the_report_with_their_figures(tmp_path):
     pytest.importorskip("matplotlib")
     folder, readme = tmp_path / "results", tmp_path / "README.md"
-    for run in sweep(), three_epochs(), rasters_near_and_far():
+    for run in sweep(), three_epochs(), rasters_near_and_far(), tiers_of():
         run.write(folder)
     readme.write_text(f"{report.BEGIN}\n{report.END}\n")
     written = list(report.write(folder, readme))
-    for name in "capacity_sweep", "epochs", "local_and_remote":
+    for name in "capacity_sweep", "epochs", "local_and_remote", "tiers":
         assert folder / f"{name}.png" in written
         assert f"![{name}.png](results/{name}.png)" in readme.read_text()
         assert f"![{name}]({name}.png)" in (folder / "README.md").read_text()
