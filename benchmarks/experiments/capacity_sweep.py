@@ -94,11 +94,12 @@ def summarize(run: Run) -> Iterator[str]:
         direct, found = points(run, name)
         saving, speed_up = fits(run, name)
         overheads = [first / direct - 1 for _, first, _ in found]
+        spread = f"{min(overheads):+.1%} to {max(overheads):+.1%}"
         yield (
             f"- {name}: an epoch takes {short(direct)} s uncached, {short(found[-1][2])} s with all of it cached. "
-            f"The speedup as the share of that time which the second epoch saves, by the share x cached: {saving}; as the "
-            f"quotient of the times: {speed_up}, because that is a hyperbola where a hit costs little. The first epoch "
-            f"against uncached: {statistics.median(overheads):+.1%} ({min(overheads):+.1%} to {max(overheads):+.1%})."
+            f"The speedup as the share of that time which the second epoch saves, by the share x cached: {saving}; as "
+            f"the quotient of the times: {speed_up}, because that is a hyperbola where a hit costs little. "
+            f"The first epoch against uncached: {statistics.median(overheads):+.1%} ({spread})."
         )
 
 

@@ -104,8 +104,9 @@ def _found(run: Run, quantity: str) -> dict[str, dict[int, list[float]]]:
     return found
 
 
-def _means(values: dict[int, list[float]]) -> dict[int, float]:
-    return {workers: statistics.fmean(each) for workers, each in values.items()}
+def _medians(values: dict[int, list[float]]) -> dict[int, float]:
+    """Which the first repetition, in which the workers start, does not sway."""
+    return {workers: statistics.median(each) for workers, each in values.items()}
 
 
 def enough_workers(times: dict[int, float]) -> int:
@@ -122,16 +123,17 @@ def unbound_workers(times: dict[int, float], waits: dict[int, float]) -> int | N
 def summarize(run: Run) -> Iterator[str]:
     times, waits = _found(run, TIME), _found(run, WAITED)
     for contender in times:
-        means, waited = _means(times[contender]), _means(waits[contender])
-        enough, unbound = enough_workers(means), unbound_workers(means, waited)
-        end = "stays the bottleneck" if unbound is None else f"stops being the bottleneck with {unbound} workers"
+        medians, waited = _medians(times[contender]), _medians(waits[contender])
+        enough, unbound = enough_workers(medians), unbound_workers(medians, waited)
+        end = "stays the bottleneck" if unbound is None else f"stops being the bottleneck with num_workers={unbound}"
+        wait = waited[enough] / medians[enough]
         yield (
             f"- {TITLES[contender]}: loading {end} (while the training waits for more than {BOUND:.0%} of the time). "
-            f"With {enough} workers it takes {short(means[enough])} s, waiting {waited[enough] / means[enough]:.0%} of "
-            "it, and more bring less than 10%."
+            f"With num_workers={enough} it takes {short(medians[enough])} s, waiting {wait:.0%} of it, "
+            "and more bring less than 10%."
         )
     if (times_cached := times.get(CACHED)) and 0 in times_cached:
-        steps = statistics.fmean(
+        steps = statistics.median(
             seconds - waited for seconds, waited in zip(times_cached[0], waits[CACHED][0], strict=True)
         )
         yield f"- the training alone, without its loading: {short(steps)} s."
