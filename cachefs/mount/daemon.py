@@ -22,6 +22,7 @@ from cachefs.mount.memory import claim_memory, free_memory
 from cachefs.mount.notify import ServiceManager
 from cachefs.mount.purge import purge
 from cachefs.mount.serve import KEEPER_SIGNAL, OnReady, lay_grounds, open_source, serve
+from cachefs.mount.sharding import check_undivided
 from cachefs.workers.fork_server import JOB_SIGNALS, detach, end_with_parent, ignore
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,8 @@ def _serve(
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each different file that readers have open
     source_fd = open_source(settings)  # first: it may hang, and then scratch must be free for others
+    if settings.sharding is not None:
+        check_undivided(source_fd)
     scratch = claim_scratch(settings.scratch)
     if log_file:
         _log_to(logging.StreamHandler(_new_log(scratch)), settings)

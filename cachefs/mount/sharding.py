@@ -27,6 +27,8 @@ from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.read_through import ReadThrough
 from cachefs.mount.leases import LeaseRecord
 from cachefs.mount.membership import Membership
+from cachefs.mount.mountinfo import FSTYPE, mount_id_of, read_mounts
+from cachefs.mount.unmount import live_lease
 from cachefs.source.attributes import Attributes
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,21 @@ NO_SHARD: dict[str, Any] = {
     "shard_warnings": [],
 }
 """What `status` says of a mount of everything."""
+
+
+def check_undivided(source_fd: int) -> None:
+    """Raise ShardError for a source that is a view of a shard: a part of it would be taken for a part of everything.
+
+    It may be one since a moment ago, where two ranks mount over the same path.
+    """
+    number = mount_id_of(source_fd)
+    mount = next((mount for mount in read_mounts() if mount.id == number), None)
+    lease = live_lease(mount) if mount is not None and mount.fstype == FSTYPE else None
+    if mount is not None and lease is not None and " view" in lease.shard:
+        raise ShardError(
+            f"the source is in the mount at {mount.path}, which shows shard {lease.shard} alone",
+            "mount at another place, or leave --shard to one of the two",
+        )
 
 
 async def take_share(

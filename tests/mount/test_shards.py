@@ -286,6 +286,17 @@ class TestListing:
         assert "cannot be divided into shards, because it could not be listed: Input/output error" in done.stderr
         assert not (tmp_path / "scratch").exists()
 
+    def test_a_part_is_not_taken_for_everything(self, tree, mounted, mountpoint, tmp_path):
+        mounted(tree, "--shard", "0/2", "--shard-mode", "view", at=mountpoint)
+        (tmp_path / "at").mkdir()
+        options = ("--scratch", tmp_path / "scratch2", "--shard", "1/2")
+        done = run_cachefs("mount", mountpoint, tmp_path / "at", *options, check=False)
+        assert done.returncode == 1
+        assert (
+            f"the source is in the mount at {mountpoint}, which shows shard 0/2 by rank seed 0 view alone"
+            in done.stderr
+        )
+
     def test_directories_that_nobody_may_look_into_are_passed_over(self, tree, slow_source, mounted, mountpoint):
         slow = slow_source(tree)
         slow.fail("class2", "readdir", errno="EACCES")
