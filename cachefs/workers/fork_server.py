@@ -15,12 +15,14 @@ import gc
 import os
 import signal
 import socket
+import struct
 from collections.abc import Callable, Iterable
 
 JOB_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """What batch systems send to every process of a job, that it may save its state: not meant for us."""
 
 _PR_SET_PDEATHSIG = 1
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Serve = Callable[[socket.socket], None]
@@ -73,6 +75,8 @@ class ForkServer:
 def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
     ignore((*JOB_SIGNALS, signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are reaped by the kernel
+    if os.geteuid() != 0:
+        _drop_capabilities()
     detach(keep)
     gc.collect()
     gc.freeze()
@@ -102,6 +106,17 @@ def _become_server(sock: socket.socket, serve: Serve, keep: set[int]) -> None:
             continue
         sock.sendmsg([b"ok"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))])
         os.close(pidfd)
+
+
+def _drop_capabilities() -> None:
+    """In a user namespace of its own a daemon may mount, and read what its user has closed to himself. Workers may not.
+
+    capset(2); without effect where there are none.
+    """
+    header = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+    if _libc.capset(header, bytes(2 * 3 * 4)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def ignore(signals: Iterable[signal.Signals]) -> None:

@@ -322,3 +322,15 @@ def test_a_mountpoint_that_shows_something_else_already(place: Place):
     same = place.do("run", "--data", f"{place.source}:{place.mountpoint}", "--", "cat", place.mountpoint / "one")
     assert same == "1" * 1000
     place.do("umount", place.mountpoint)
+
+
+def test_a_file_that_its_own_user_may_not_read(ordinary_place: JobPlace):
+    """The daemon has rights in the namespace that it mounts in; they do not open what the source keeps closed."""
+    place = ordinary_place
+    closed = place.source / "one"
+    closed.chmod(0)
+    done = place.cached(
+        "sh", "-c", 'cat -- "$1" || cat -- "$2"', "sh", closed, place.source / "sub/two", data=place.source
+    )
+    assert "Permission denied" in done.stderr
+    assert done.stdout == "2" * 2000
