@@ -116,6 +116,8 @@ class Cache:
         if kind == "hit":
             self._metrics.hits += 1
             self._metrics.hit_bytes += file.size
+            if self._memory is not None and file.tier is self._memory:
+                self._memory.hits += 1
         elif kind == "miss":
             self._metrics.misses += 1
         else:

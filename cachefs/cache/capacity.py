@@ -69,6 +69,8 @@ class CapacityKeeper:
         self._metrics = metrics
         self.promoted_bytes = 0
         """What cannot be evicted because it is promoted; its opens are not seen either."""
+        self.above_bytes = 0
+        """What tiers above hold beside it."""
         self._evicting = trio.Lock()
         self._nothing_unused_until = -math.inf
         self._suspended_until = -math.inf
@@ -98,7 +100,7 @@ class CapacityKeeper:
         available, total = self.storage.space()
         most = min(self.size, stored + max(0, available - RESERVED_SHARE * total))
         others = max(0, stored - self._residency.bytes)
-        self._ghosts.capacity = max(0, int(most) - others - self.promoted_bytes)
+        self._ghosts.capacity = max(0, int(most) + self.above_bytes - others - self.promoted_bytes)
 
     async def reserve(self, size: int, *, ahead: bool = False) -> bool:
         """Reserve `size` bytes, evicting if that helps. False if there is no room: serve from the source.

@@ -52,7 +52,7 @@ class OpenFile:
         self.size = size_of(version)
         self.name = name
         self._version = version
-        self._tier = tier
+        self.tier = tier
         self._source_read = source_read
         self._metrics = metrics
         self._fd = fd
@@ -121,19 +121,20 @@ class OpenFile:
         """The fetch is over: from now on the copy serves, which is held on to, or the source where there is none."""
         fetch, self._fetch = self._fetch, None
         assert fetch is not None  # it calls this once
+        self.tier = fetch.tier  # another mount may have had it in another one
         self.is_stale |= isinstance(fetch.error, SourceChangedError)
         if fetch.error is not None:
             self._retire()
         elif self._fd is None:
             self._fd = self._open_copy(staged=False)
         else:
-            self._tier.storage.share(self._fd)
+            self.tier.storage.share(self._fd)
 
     def _open_copy(self, *, staged: bool) -> int | None:
         """The staged copy, which may have become the complete one by now; None if scratch failed or evicted it."""
         try:
-            fd = self._tier.storage.open_staged(self.name) if staged else None
-            return self._tier.storage.open(self.name) if fd is None else fd
+            fd = self.tier.storage.open_staged(self.name) if staged else None
+            return self.tier.storage.open(self.name) if fd is None else fd
         except StorageError as error:
             log.warning("scratch failed path=%r error=%r", self.path, error.strerror)
             return None
@@ -155,7 +156,7 @@ class OpenFile:
         """The bytes, or None where scratch has failed."""
         self._reads += 1
         try:
-            data = await self._tier.reader.read(fd, offset, size)
+            data = await self.tier.reader.read(fd, offset, size)
         except OSError as error:
             reason = error.strerror or str(error)
         else:

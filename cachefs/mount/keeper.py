@@ -37,7 +37,7 @@ from cachefs.mount.namespaces import (
     open_namespaces,
     probe_private_namespaces,
 )
-from cachefs.mount.purge import ScratchInUseError, purge
+from cachefs.mount.purge import ScratchInUseError, free_memory_of, purge
 from cachefs.mount.rendezvous import Mounted, peer_uid, receive, send
 from cachefs.mount.serve import KEEPER_SIGNAL, name_of_signal
 from cachefs.mount.unmount import live_lease, scratch_of, uncover
@@ -325,6 +325,9 @@ class Keeper:
                     mount.reap()
                 self._detach(mount)
         problems = [] if self._keep else self._purge()
+        for scratch in {mount.settings.scratch for mount in self._mounts if self._keep and mount.settings.memory}:
+            with suppress(CachefsError):  # another run uses it
+                free_memory_of(scratch)  # of a daemon that was killed
         if last is not None:
             send(last.socket, {"event": "left", "is_last": True, "problems": problems, **report})
 

@@ -131,16 +131,16 @@ def join_memory(settings: Settings, place: Scratch, storage: Storage, dataset: b
 def describe_tiers(
     scratch: Scratch,
     capacity: int,
-    stored: int,
-    files: int,
+    ledger: Ledger,
     metrics: Metrics,
     memory: Scratch | None,
     tier: MemoryTier | None,
 ) -> list[dict[str, Any]]:
     """What is in each tier, the fastest first, and how many hits it had; files that have moved between them.
 
-    `capacity` and `stored` (bytes) and `files` are those of `scratch`.
+    `capacity` (bytes) and `ledger` are those of `scratch`.
     """
+    stored, files = ledger.stored()
     hits = metrics.hits - (tier.hits if tier is not None else 0)
     counts = {"capacity_bytes": capacity, "files": files, "bytes": stored, "hits": hits}
     found: list[dict[str, Any]] = [{"path": str(scratch.path), **counts}]

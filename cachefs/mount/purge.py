@@ -87,6 +87,19 @@ def purge(path: Path) -> Purged:
     return Purged(files, size, kept)
 
 
+def free_memory_of(path: Path) -> None:
+    """Purge the memory tier of the scratch `path`, which mounts that have died may have left. Raises CachefsError."""
+    scratch = open_scratch(path)
+    try:
+        with scratch_lock(scratch.fd):
+            if not live_leases(scratch):
+                _purge_memory(scratch)
+    except OSError as error:
+        raise CachefsError(f"the memory tier of scratch {path} cannot be freed: {describe(error)}") from None
+    finally:
+        os.close(scratch.fd)
+
+
 def _purge_memory(scratch: Scratch) -> None:
     """Remove the memory tier, too: what mounts that have died left of it."""
     try:

@@ -204,6 +204,7 @@ async def _serve(
                 residency,
                 pools["fetch"],
             )
+            keeper.above_bytes = memory.size
         tiers = Tiers([keeper] if memory is None else [memory, keeper])
         fetches = Fetches(nursery, pools["fetch"], tiers, residency, keeper, metrics, source.timeout)
         cache = Cache(source, tiers, residency, keeper, memory, fetches, metrics)
@@ -220,8 +221,7 @@ async def _serve(
         if settings.sharding is not None:
 
             def room() -> int:
-                beside = memory.size if memory is not None else 0
-                return room_in(capacity, grounds.storage, ledger) + beside
+                return room_in(capacity, grounds.storage, ledger) + keeper.above_bytes
 
             async with _starting(signals, on_starting):
                 share = await take_share(settings.sharding, room, filesystem, cache, read_through)
@@ -249,7 +249,7 @@ async def _serve(
             nursery.start_soon(memory.run)
 
         def status(_: Mapping[str, Any]) -> dict[str, Any]:
-            stored, files = ledger.stored()
+            parts = describe_tiers(grounds.scratch, capacity, ledger, metrics, grounds.memory, memory)
             return {
                 "source": str(settings.source),
                 "mountpoint": str(settings.mountpoint),
@@ -257,8 +257,8 @@ async def _serve(
                 "policy": settings.policy,
                 **keeper.status(),
                 "capacity_bytes": capacity,
-                "resident_files": files,
-                "resident_bytes": stored,
+                "resident_files": sum(tier["files"] for tier in parts),
+                "resident_bytes": sum(tier["bytes"] for tier in parts),
                 "indexed_files": len(residency),
                 "hits": metrics.hits,
                 "hit_bytes": metrics.hit_bytes,
@@ -273,7 +273,7 @@ async def _serve(
                 "bytes_served": metrics.bytes_served,
                 "wait_seconds": round(metrics.wait_seconds, 3),
                 **promotion.status(),
-                "tiers": describe_tiers(grounds.scratch, capacity, stored, files, metrics, grounds.memory, memory),
+                "tiers": parts,
                 **(NO_SHARD if declared is None else declared.status()),
                 "uptime_seconds": round(metrics.uptime_seconds, 3),
                 "pid": os.getpid(),

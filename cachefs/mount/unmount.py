@@ -26,6 +26,7 @@ from cachefs.mount.mountinfo import (
     read_mounts,
     resolve_mountpoint,
 )
+from cachefs.mount.purge import free_memory_of
 from cachefs.mount.system_calls import umount
 
 _LINKS = 40
@@ -100,7 +101,10 @@ def unmount(mount: Mount, *, lazy: bool) -> bool:
         if held is not None:
             detach(mount)
             is_detached = True
-    if record is not None and not is_detached:
+    if record is None and mount.lease is not None:
+        with suppress(CachefsError):  # scratch is gone, say
+            free_memory_of(mount.lease[0])
+    elif record is not None and not is_detached:
         _wait_for_end(record)
     return not is_detached
 
@@ -166,6 +170,7 @@ def detach_dead_mounts(paths: Sequence[Path]) -> None:
         if mount.lease is not None and f"user_id={os.geteuid()}" in mount.options and _is_dead(mount):
             with suppress(CachefsError):
                 detach(mount)
+                free_memory_of(mount.lease[0])
 
 
 def _try_unmount(mount: Mount, *, detach: bool) -> bool:

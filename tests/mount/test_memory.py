@@ -6,14 +6,17 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from cachefs.config import Settings
+from cachefs.mount.memory import memory_path
 from tests.conftest import needs_root
-from tests.harness import detach, run_cachefs, scripted, verify, wait_until
+from tests.harness import CACHEFS, clean_environment, detach, run_cachefs, scripted, verify, wait_until
 from tests.mount.observing import Watch, counters, opens, stored_files
 
 SIZE = 50_000
@@ -202,15 +205,20 @@ def test_a_full_tmpfs(files, mounted, source, mountpoint, tmp_path_factory):
         subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.mark.parametrize("then", ["mount", "purge", "run"])
+@pytest.mark.parametrize("then", ["mount", "purge", "run", "umount"])
 def test_what_a_crash_leaves_is_reclaimed(then, files, tier, source, mountpoint):
     files(5)
     cache = tier(10, 10)
     read(cache, *range(5))
     place = Path(tiers(cache)[0]["path"])
+    assert counters(cache)["resident_files"] == 5
     cache.kill()
-    detach(cache.path)
     assert len(stored_files(place)) == 5
+    if then == "umount":
+        cache.unmount()
+        assert not place.exists()
+        return
+    detach(cache.path)
     if then == "mount":
         again = tier(10, 10)
         assert tiers(again)[0]["files"] == 0
@@ -329,3 +337,26 @@ def test_a_run_frees_it(files, source, tmp_path):
     assert done.stdout.split()[0] == str(3 * SIZE)
     assert int(done.stdout.split()[1]) >= 1
     assert not (tmp_path / "scratch").exists()
+
+
+def test_a_run_whose_daemon_is_killed_frees_it(files, source, tmp_path):
+    """Also with --keep, which is about scratch."""
+    files(3)
+    scratch = tmp_path / "scratch"
+    place = memory_path(Settings(source, source, scratch))
+    ask = f"{sys.executable} -m cachefs status --json {source}"
+    take = f"{sys.executable} -c 'import json, sys; print(json.load(sys.stdin)[\"pid\"])'"
+    script = f"""
+cat {source}/*
+ls {place}/files/*/*
+kill -9 $({ask} | {take})
+until cat {source}/0 > /dev/null 2>&1; do sleep 0.01; done
+"""
+    options = ("--data", source, "--memory", "10M", "--scratch", scratch, "--keep")
+    with open(tmp_path / "said", "wb") as said:
+        command = [*CACHEFS, "run", *map(str, options), "--", "sh", "-c", script]
+        subprocess.run(command, cwd=tmp_path, stdout=said, check=True, timeout=60, env=clean_environment())
+    assert (tmp_path / "said").read_bytes().count(b"/files/") >= 1
+    assert not place.exists()
+    assert scratch.exists()
+    run_cachefs("purge", "--scratch", scratch)
