@@ -61,6 +61,7 @@ def train(ranks: int, folder: Path, *command: object) -> list[dict[str, object]]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_train_as_on_the_source_and_each_file_is_fetched_once(ranks: int, tmp_path: Path, mounted, mountpoint):
     if importlib.util.find_spec("torch") is None:
