@@ -12,7 +12,7 @@ from typing import Any
 
 import pyfuse3
 
-from cachefs.cache.files import ScratchReader
+from cachefs.cache.scratch_reader import ScratchReader
 from cachefs.cli import main
 from cachefs.fs.operations import Operations
 
