@@ -197,6 +197,7 @@ class Soak:
         copies = [path for path in found if path.is_file() and not path.is_symlink()]  # never what a link leads to
         if not copies:
             return
+        self.drain_the_disk()  # else there is no room for what is put in its place
         victim = self.dice.choice(copies)
         how = self.dice.choice(("truncate", "flip", "remove", "link", "directory"))
         with suppress(FileNotFoundError):  # evicted meanwhile
