@@ -80,6 +80,14 @@ capacity_option = option(
     help="How much scratch may hold; a share is of the space free at mount [default: 80%]",
 )
 
+memory_path_option = option(
+    "--memory-path",
+    type=nonempty_path,
+    default=str(config.DEFAULT_MEMORY_PATH),
+    metavar="DIR",
+    help="A tmpfs for the memory tier [default: /dev/shm]",
+)
+
 _MOUNT_OPTIONS = (
     capacity_option,
     option(
@@ -89,13 +97,7 @@ _MOUNT_OPTIONS = (
         help="A tier in memory above scratch, of this size or share of the memory that the job may have; what is least "
         "used moves down [default: none]",
     ),
-    option(
-        "--memory-path",
-        type=nonempty_path,
-        default=str(config.DEFAULT_MEMORY_PATH),
-        metavar="DIR",
-        help="A tmpfs for it [default: /dev/shm]",
-    ),
+    memory_path_option,
     option(
         "--policy",
         type=click.Choice(config.POLICIES),

@@ -40,8 +40,9 @@ FORWARDED = (
 _STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)
 """Ignored by the interpreter for itself; a program that inherited that would not end with its pipe."""
-_ALL_HAVE_IT_SECONDS = 0.02
-"""A group's signal reaches its members within microseconds, one sent to each process of a job within this."""
+_ALL_HAVE_IT_SECONDS = 0.1
+"""A group's signal reaches its members within microseconds, one sent to each process of a job within this, on a busy
+machine too. Who sends one to us alone waits so long for it."""
 _ANSWER_MILLISECONDS = 1000
 NOT_FOUND, NOT_EXECUTABLE, KILLED = 127, 126, 128
 """Exit statuses as the shell gives them; KILLED plus the number of the signal."""

@@ -3,12 +3,13 @@
 Invariants:
 - It is made and purged with the means of any scratch: 0700, marked, locked, with leases. Its path is written down in
   scratch, so that a purge of that finds it.
-- Nothing in it outlives the mounts: the last one purges it; what mounts that have died left, the next one, or whoever
-  purges scratch.
+- Nothing in it outlives the mounts: the last one purges it; what mounts that have died left, the next one of this user
+  with a memory tier, or whoever purges scratch.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -99,6 +100,7 @@ def claim_memory(settings: Settings, scratch: Scratch) -> Scratch | None:
         return None
     path = memory_path(settings)
     free_memory(path)
+    free_orphans(settings.memory_path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open("memory", flags, 0o600, dir_fd=scratch.fd), "wb") as file:
         file.write(os.fsencode(path))
@@ -147,6 +149,29 @@ def describe_tiers(
     if memory is not None and tier is not None:
         found.insert(0, {"path": str(memory.path), **tier.status()})
     return found
+
+
+def free_orphans(place: Path) -> int:
+    """Purge all memory tiers of this user in `place` that no mount uses: of jobs that were killed, scratch and all.
+
+    How many there were. Never raises: what is not ours, or in use, stays.
+    """
+    freed = 0
+    for path in place.glob(f"cachefs-{os.geteuid()}-*"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:  # who is about to join it holds its lock: do not wait for that
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
+        with suppress(CachefsError):
+            purge(path)
+            freed += 1
+    return freed
 
 
 class MemoryRoom:

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -43,12 +44,20 @@ def files(source):
 
 
 @pytest.fixture
-def tier(mounted, source, mountpoint):
+def memory():
+    """A directory on tmpfs of this test's own: whoever mounts frees what others have left. At the end it is empty."""
+    place = Path(tempfile.mkdtemp(prefix="tiers-", dir="/dev/shm"))
+    yield place
+    place.rmdir()
+
+
+@pytest.fixture
+def tier(memory, mounted, source, mountpoint):
     """`tier(MEMORY FILES, SCRATCH FILES, option...)` mounts with so much room in both."""
 
-    def make(memory, scratch, *options, **keywords):
+    def make(above, below, *options, **keywords):
         # 2% of the memory are kept for trades
-        sizes = ("--memory", str(int(memory * SIZE / 0.979)), "--capacity", str(scratch * SIZE))
+        sizes = ("--memory", str(int(above * SIZE / 0.979)), "--capacity", str(below * SIZE), "--memory-path", memory)
         keywords.setdefault("at", mountpoint)
         return mounted(source, *sizes, *options, **keywords)
 
@@ -229,6 +238,29 @@ def test_what_a_crash_leaves_is_reclaimed(then, files, tier, source, mountpoint)
     else:
         run_cachefs("run", "--data", source, "--scratch", cache.scratch, "--", "true")
     assert not place.exists()
+
+
+@pytest.mark.parametrize("by", ["another mount", "purge --memory"])
+def test_what_a_killed_job_leaves_is_reclaimed(by, files, tier, tmp_path, memory):
+    """Its scratch has gone with the job, as $TMPDIR does; who is alive keeps what is his."""
+    files(5)
+    other = tmp_path / "other"
+    other.mkdir()
+    job, living = tier(10, 10), tier(10, 10, at=other, scratch=tmp_path / "his")
+    for cache in job, living:
+        read(cache, *range(5))
+    left, his = (Path(tiers(cache)[0]["path"]) for cache in (job, living))
+    job.kill()
+    detach(job.path)
+    shutil.rmtree(job.scratch)
+    assert left.exists()
+    if by == "another mount":
+        tier(10, 10, scratch=tmp_path / "next").unmount()
+    else:
+        assert run_cachefs("purge", "--memory", "--memory-path", memory).stdout.startswith("freed 1 memory tier")
+    assert not left.exists()
+    assert len(stored_files(his)) == 5
+    read(living, *range(5))
 
 
 def test_it_is_removed(files, tier):
