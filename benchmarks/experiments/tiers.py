@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Running, mounted
-from benchmarks.results import Goal, Result, Run, short
+from benchmarks.results import RATIO, Goal, Result, Run, short
 from benchmarks.stage import Conditions, Reader, Stage
 
 REPETITIONS = 3
@@ -144,7 +144,8 @@ def summarize(run: Run) -> Iterator[str]:
     for way in (UNCACHED, *SHARES):
         yield f"| {way} | {kept.get(way, 0.0):.0%} | {short(cold[way])} | {short(warm[way])} |"
     yield ""
-    gain, ratio = short(cold[HALF] / cold[BOTH]), short(warm[WHOLE_BOTH] / warm[WHOLE])
+    gain = short(1 / _medians(run, COLD, RATIO)[f"{BOTH} / {HALF}"])
+    ratio = short(_medians(run, WARM, RATIO)[f"{WHOLE_BOTH} / {WHOLE}"])
     yield (
         f"Where scratch has room for half of the data, memory for the other half makes an epoch {gain} times as fast. "
         f"Where scratch has room for all of it, an epoch takes {ratio} times as long with memory above as without: it "

@@ -83,6 +83,8 @@ def tiers_of() -> Run:
     for way, taken in seconds.items():
         results += [Result(case, way, "time", "s", [taken]) for case in (tiers.COLD, tiers.WARM)]
         results.append(Result("kept", way, "kept", "of bytes", [0.5]))
+    for case, above, below in ((tiers.COLD, tiers.BOTH, tiers.HALF), (tiers.WARM, tiers.WHOLE_BOTH, tiers.WHOLE)):
+        results.append(Result(case, f"{above} / {below}", "ratio", "x", [seconds[above] / seconds[below]]))
     return dataclasses.replace(a_run("tiers"), results=results)
 
 
