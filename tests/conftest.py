@@ -25,16 +25,21 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Each worker begins with its share of the slow ones: else one is left with the longest when all others are done.
+    """Each worker has its share of the slow ones early: else one is left with the longest when all others are done.
 
-    pytest-xdist's worksteal gives each worker as many tests at first, in the order in which they are here.
+    Not all at once, for many of them are slow because they keep a processor busy. pytest-xdist's worksteal gives each
+    worker as many tests at first, in the order in which they are here.
     """
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     slow = [item for item in items if item.get_closest_marker("slow")]
     quick = iter([item for item in items if not item.get_closest_marker("slow")])
-    shares = [slow[number::workers] for number in range(workers)]
     size = -(-len(items) // workers)
-    items[:] = [item for share in shares for item in (*share, *islice(quick, max(0, size - len(share))))]
+    items.clear()
+    for number in range(workers):
+        share = slow[number::workers]
+        others = list(islice(quick, max(0, size - len(share))))
+        before = len(others) * number // (2 * workers)
+        items += [*others[:before], *share, *others[before:]]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

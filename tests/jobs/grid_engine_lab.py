@@ -19,6 +19,7 @@ from tests.jobs.batch import OWN_MOUNTS, PATH, Report, call, clear_away, end_pro
 BINARIES = Path("/usr/lib/gridengine")
 _START = Path(__file__).with_name("sge-up.sh")
 _START_SECONDS = 60
+_END_SECONDS = 90.0  # a busy machine takes long for prolog, job and epilog
 _ENVIRONMENT = {"PATH": f"{BINARIES}:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 
 
@@ -72,7 +73,7 @@ class Job:
             found[:] = self._accounting(task)
             return bool(found)
 
-        wait_until(is_there, f"the end of job {self.id}")
+        wait_until(is_there, f"the end of job {self.id}", _END_SECONDS)
         wait_until(lambda: not list(self.engine.temporary.glob(f"{self.id}.{task}.*")), "its $TMPDIR is removed")
         return found[-1]
 
