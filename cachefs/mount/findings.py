@@ -19,7 +19,7 @@ from cachefs.mount.mountinfo import FSTYPE, Mount
 _FEWEST_OPEN_FILES = 4096
 """The daemon holds a file open for each different file that readers have open."""
 _LEAST_MEMORY = 512 * 1024 * 1024
-"""A daemon with 1,000,000 files in its index takes 200 MiB (README, Figures), and has worker processes beside it."""
+"""A daemon with 1,000,000 files in its index takes 260 MiB (README, Figures), and has worker processes beside it."""
 _WORTH_IT = 1.2
 """A later epoch that is faster by less than this, against one read directly, gets a warning."""
 
@@ -82,14 +82,14 @@ def _judge_limits(limits: Limits) -> Iterator[Finding]:
     yield Finding("processors", f"{limits.processors}{of_all} for this process")
     found = f"{format_size(limits.memory_available)} available of {format_size(limits.memory_total)}"
     if limits.memory_available < _LEAST_MEMORY:
-        yield Finding("memory", found, Verdict.WARNING, "end other programs: the daemon may take some 200 MiB")
+        yield Finding("memory", found, Verdict.WARNING, "end other programs: the daemon may take some 260 MiB")
     else:
         yield Finding("memory", found)
     limit = limits.memory_limit
     if limit is None:
         yield Finding("memory limit", "none in this process's control groups")
     elif limit.size < _LEAST_MEMORY:
-        advice = "ask for more memory for the job: the daemon may take some 200 MiB of it"
+        advice = "ask for more memory for the job: the daemon may take some 260 MiB of it"
         yield Finding("memory limit", f"{format_size(limit.size)} ({limit.file})", Verdict.WARNING, advice)
     else:
         yield Finding("memory limit", f"{format_size(limit.size)} ({limit.file})")
