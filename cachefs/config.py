@@ -24,6 +24,8 @@ AUTO_SHARD = "auto"
 MOST_SHARDS = 1 << 16
 RESERVED_SHARE = 0.05
 """Share of scratch's file system that stays free whatever the capacity says."""
+WORTH_IT = 1.2
+"""A later epoch that is faster by less than this, against one read directly, is no reason for a cache."""
 SPARED_MEMORY_SHARE = 0.1
 """Of the machine's memory, and of what the job's control group may have, the memory tier leaves so much alone."""
 

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from cachefs.bench.trial import DIRECT, LATER, Measurement
+from cachefs.config import WORTH_IT
 
 CLOSE = 0.9
 """So much of the best rate is as good as the best: more workers take memory and processors from the training."""
-WORTH_IT = 1.2
-"""A later epoch that is faster by less than this is no reason for a cache (as in `cachefs doctor`)."""
 
 
 @dataclass(frozen=True)

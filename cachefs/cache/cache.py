@@ -68,12 +68,11 @@ class Cache:
         name = self._residency.name_of(path, version)
         is_changed = False
         tier: Tier = self._capacity
-        fd = self._memory.open(name, path, version) if self._memory is not None else None
+        fd = None
+        if self._memory is not None and (fd := self._memory.open(name, path, version)) is not None:
+            tier = self._memory
         try:
-            if fd is None:
-                fd = self._open_in_scratch(name, path, version)
-            else:
-                tier = self._tiers.all[0]
+            fd = self._open_in_scratch(name, path, version) if fd is None else fd
         except ChangedCopyError as error:
             log.warning("changed copy checked path=%r copy=%s", path, error.filename)
             fd, is_changed = None, True

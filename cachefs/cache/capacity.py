@@ -23,7 +23,7 @@ from cachefs.cache.ledger import Ledger
 from cachefs.cache.residency import Residency
 from cachefs.cache.scratch_reader import ScratchReader
 from cachefs.cache.storage import GONE, IN_USE, Storage
-from cachefs.cache.tiers import SCRATCH
+from cachefs.cache.tiers import SCRATCH, Tier
 from cachefs.config import RESERVED_SHARE
 from cachefs.metrics import Metrics
 from cachefs.workers.pool import WorkerPool
@@ -35,10 +35,9 @@ _BATCH_BYTES = 64 * 1024 * 1024
 """Evicting makes room for up to this much more (or 1% of the capacity), so that not every fetch has to evict."""
 _BATCH_FILES = 200
 _ASK_AGAIN_SECONDS = 10.0
-_SUSPEND_SECONDS = 10.0
 
 
-class CapacityKeeper:
+class CapacityKeeper(Tier):
     """Grants room in scratch, the last of the tiers, to one mount, up to `size` bytes for all mounts together."""
 
     number = SCRATCH
@@ -57,10 +56,8 @@ class CapacityKeeper:
         live_datasets: Callable[[], Collection[bytes]],
         metrics: Metrics,
     ) -> None:
+        super().__init__(storage, reader, ledger)
         self.size = size
-        self.storage = storage
-        self.reader = reader
-        self._ledger = ledger
         self._ghosts = Ghosts(policy, size)
         self._residency = residency
         self._copies = copies
@@ -73,7 +70,6 @@ class CapacityKeeper:
         """What tiers above hold beside it."""
         self._evicting = trio.Lock()
         self._nothing_unused_until = -math.inf
-        self._suspended_until = -math.inf
 
     def note_open(self, name: bytes, size: int, *, is_hit: bool) -> None:
         """A file was opened, wherever its bytes come from."""
@@ -96,18 +92,21 @@ class CapacityKeeper:
 
     def _aim_ghosts(self) -> None:
         """Others' files, promoted ones, and what else fills the file system leave the less to choose from."""
-        stored, _ = self._ledger.stored()
+        others = max(0, self.stored()[0] - self._residency.bytes)
+        self._ghosts.capacity = max(0, self.room() - others - self.promoted_bytes)
+
+    def room(self) -> int:
+        """Bytes that can be held, with what is held, and with the tiers above. The disk may have less to give."""
         available, total = self.storage.space()
-        most = min(self.size, stored + max(0, available - RESERVED_SHARE * total))
-        others = max(0, stored - self._residency.bytes)
-        self._ghosts.capacity = max(0, int(most) + self.above_bytes - others - self.promoted_bytes)
+        most = self.stored()[0] + max(0, int(available - RESERVED_SHARE * total))
+        return min(self.size, most) + self.above_bytes
 
     async def reserve(self, size: int, *, ahead: bool = False) -> bool:
         """Reserve `size` bytes, evicting if that helps. False if there is no room: serve from the source.
 
         `ahead`: nobody has asked for the file yet.
         """
-        if size > self.size or trio.current_time() < self._suspended_until:
+        if size > self.size or self.is_suspended:
             return False
         if self._try(size):
             return True
@@ -127,32 +126,10 @@ class CapacityKeeper:
             log.warning("no room could be made error=%r", error.strerror)
             return False
 
-    def settle(self, size: int) -> None:
-        """What was reserved is stored now."""
-        self._ledger.settle(size)
-
-    def release(self, size: int) -> None:
-        """What was reserved was not stored."""
-        self._ledger.release(size)
-
-    def lose(self, size: int) -> None:
-        """A stored file is gone."""
-        self._ledger.remove(size)
-
-    def doubt(self) -> None:
-        """What was reserved or stored may not be what is there."""
-        self._ledger.doubt()
-
-    def suspend(self, seconds: float = _SUSPEND_SECONDS) -> None:
-        """Scratch has failed: grant nothing for a while, so that files are not read twice in vain."""
-        self._suspended_until = trio.current_time() + seconds
-
     def keep(self, name: bytes, path: bytes, version: bytes, checksum: bytes) -> None:
-        """A file is resident now."""
         self._residency.add(name, path, version, checksum)
 
     def note_ahead(self, name: bytes, size: int) -> None:
-        """It was fetched ahead of use."""
         self._residency.note_ahead(name, size)
 
     def _try(self, size: int) -> bool:

@@ -7,11 +7,11 @@ Invariants:
 - A chunk is read by a second thread while the one before it is checked, written and summed: the source never waits
   for scratch. For one small file a thread costs more than it gives; such a file is one chunk.
 
-The kernel's own copy is not used. Every copy needs its checksum, and that costs 2.1 us of a file of 110 KB while it is
+The kernel's own copy is not used. Every copy needs its checksum, and that costs 1.1 us of a file of 110 KB while it is
 in memory; a kernel's copy would have to be read again. From the page cache to tmpfs, us a file (medians of
-benchmarks/results/fetching.json): read, sum, write 65.7; copy_file_range and sum 68.2; copy_file_range or sendfile
-alone 57.7 and 58.5. For 4 KB: 14.5; 16.2; 13.3 and 13.8. So the kernel would win 12% of a copy that is never checked,
-and loses 4% with its checksum.
+benchmarks/results/fetching.json): read, sum, write 56.8; copy_file_range and sum 66.2; copy_file_range or sendfile
+alone 56.1 and 56.4. For 4 KB: 11.7; 13.2; 11.2 and 11.4. So the kernel would win 1% of a copy that is never checked (4%
+of a small one), and loses 16% with its checksum (14%).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 import xxhash
 
 from cachefs.cache.storage import IN_USE, Storage, storage_errors
+from cachefs.cache.tiers import SCRATCH
 from cachefs.errors import ChangedCopyError, SourceChangedError, StorageError
 from cachefs.source.attributes import is_same_content, mtime_of, pack_stat, size_of, version_of
 from cachefs.source.handlers import file_errors, open_version, read_exactly
@@ -81,13 +82,13 @@ class CopyHandlers:
         """`storages` are scratch's and those of other tiers, by their numbers."""
         self._tree = tree
         self._storages = storages
-        self._storage = storages[0]
+        self._storage = storages[SCRATCH]
 
     def table(self) -> Mapping[str, Handler]:
         return {"fetch": self._fetch, "fetch_many": self._fetch_many, "remove": self._remove, "move": self._move}
 
     def _fetch(
-        self, name: bytes, path: bytes, version: bytes, earlier_boot: str, earlier_checksum: bytes, tier: int = 0
+        self, name: bytes, path: bytes, version: bytes, earlier_boot: str, earlier_checksum: bytes, tier: int = SCRATCH
     ) -> Generator[int, None, FetchResult]:
         """Bring `path` of `version` into a tier as `name`; yield the frontier (0 once the source file is open).
 
@@ -105,10 +106,11 @@ class CopyHandlers:
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE)
         try:
-            found = [number for number, storage in enumerate(self._storages) if storage.has(name)]
-            if earlier_boot != self._storage.boot and found:
-                self._storage.discard_held(name)
-                return FOUND, b"", found[0]
+            if earlier_boot != self._storage.boot:
+                for number, storage in enumerate(self._storages):
+                    if storage.has(name):
+                        self._storage.discard_held(name)
+                        return FOUND, b"", number
             if earlier_boot:
                 try:
                     return self._revive(name, version, earlier_boot, earlier_checksum)
@@ -124,17 +126,9 @@ class CopyHandlers:
     @contextmanager
     def _staged(self, name: bytes, lock: int, tier: int) -> Iterator[int]:
         """The staged file of a tier for a block, at whose end it is complete. `lock` is that of scratch, staged."""
-        if not tier:
-            try:
-                yield lock
-                self._storage.commit(name)
-            except BaseException:
-                self._storage.discard_held(name)
-                raise
-            return
         storage = self._storages[tier]
         try:
-            staged = storage.stage(name)
+            staged = lock if tier == SCRATCH else storage.stage(name)
             if staged is None:
                 raise StorageError(errno.EBUSY, "another mount's copy is on its way", name.hex())
             try:
@@ -144,9 +138,11 @@ class CopyHandlers:
                 storage.discard_held(name)
                 raise
             finally:
-                os.close(staged)
+                if staged != lock:
+                    os.close(staged)
         finally:
-            self._storage.discard_held(name)
+            if tier != SCRATCH:
+                self._storage.discard_held(name)
 
     def _fetch_many(
         self, files: list[tuple[bytes, bytes, bytes, int]]
@@ -248,7 +244,7 @@ class CopyHandlers:
     def _remove(self, files: list[tuple[bytes, str]]) -> Generator[int, None, list[int]]:
         """Remove complete files, each (name, boot); what Storage.remove says of each."""
         yield from ()
-        return [self._remove_one(name, boot) for name, boot in files]
+        return [_remove_one(self._storage, name, boot) for name, boot in files]
 
     def _move(
         self, files: list[tuple[bytes, bytes, bytes]], origin: int, target: int
@@ -260,8 +256,8 @@ class CopyHandlers:
                 how = self._copy_over(name, version, checksum, self._storages[origin], target)
             except StorageError as error:
                 how = str(error)
-            freed = self._storages[origin].remove(name) if how in (MOVED, FOUND, DROPPED) else IN_USE
-            answers.append((how, freed))
+            is_to_go = how in (MOVED, FOUND, DROPPED)
+            answers.append((how, _remove_one(self._storages[origin], name) if is_to_go else IN_USE))
             yield 0
         return answers
 
@@ -294,11 +290,13 @@ class CopyHandlers:
         finally:
             os.close(lock)
 
-    def _remove_one(self, name: bytes, boot: str) -> int:
-        try:
-            return self._storage.remove(name, boot)
-        except StorageError:
-            return IN_USE  # it stays, and stays counted
+
+def _remove_one(storage: Storage, name: bytes, boot: str | None = None) -> int:
+    """What Storage.remove says."""
+    try:
+        return storage.remove(name, boot)
+    except StorageError:
+        return IN_USE  # it stays, and stays counted
 
 
 _ZEROS = bytes(1024 * 1024)

@@ -156,7 +156,7 @@ class Fetches:
                 self._succeed(fetches[number], result)
             elif failure is not None:
                 self._fail(fetches[number], rebuild_error(*failure))
-                self._give_back(fetches[number], fetches[number].size)
+                self._give_back(fetches[number])
             del self._running[fetches[number].name]
 
         job = ("fetch_many", [(fetch.name, fetch.path, fetch.version, fetch.tier.number) for fetch in fetches])
@@ -172,7 +172,7 @@ class Fetches:
                 if not fetch.is_over:
                     del self._running[fetch.name]
                     self._fail(fetch, error)
-                    self._give_back(fetch, fetch.size)
+                    self._give_back(fetch)
 
     async def _run(self, fetch: Fetch, earlier: Resident | None) -> None:
         try:
@@ -189,15 +189,15 @@ class Fetches:
                 fetch.finish(StorageError(0, "the fetch was given up"))
 
     async def _copy(self, fetch: Fetch, earlier: Resident | None) -> None:
-        reserved = None if earlier else fetch.size
+        is_reserved = earlier is None
         try:
             if earlier is not None and not await self._revive(fetch, earlier):
                 if not await self._capacity.reserve(fetch.size):
                     raise StorageError(errno.EBUSY, "no room for another copy", fetch.path)
-                reserved, earlier = fetch.size, None
+                is_reserved, earlier = True, None
             if earlier is None:
                 result = await self._run_job(fetch, "", b"")
-                reserved = None
+                is_reserved = False
                 self._succeed(fetch, result)
                 self._note_demand(fetch)
             else:
@@ -205,8 +205,8 @@ class Fetches:
         except OSError as error:
             self._fail(fetch, error)
         finally:
-            if reserved is not None:
-                self._give_back(fetch, reserved)
+            if is_reserved:
+                self._give_back(fetch)
 
     def _succeed(self, fetch: Fetch, result: FetchResult) -> None:
         how, checksum, copied = result
@@ -259,18 +259,5 @@ class Fetches:
         )
         return result
 
-    def _give_back(self, fetch: Fetch, reserved: int) -> None:
-        """A fetch has failed or was cancelled: drop what is staged, and the reservation if nothing came of it."""
-        tier = fetch.tier
-        try:
-            is_dropped = all([of.storage.discard_staged(fetch.name) for of in {tier, self._tiers[SCRATCH]}])
-        except StorageError as error:
-            log.warning("staged copy not removed path=%r error=%r", fetch.path, describe(error))
-            is_dropped = False
-        if tier.storage.has(fetch.name):  # complete, and its worker's last word was lost
-            tier.settle(reserved)
-            tier.doubt()
-        elif is_dropped:
-            tier.release(reserved)
-        else:  # it takes room still
-            tier.doubt()
+    def _give_back(self, fetch: Fetch) -> None:
+        fetch.tier.give_back(fetch.name, fetch.size, self._tiers[SCRATCH].storage)

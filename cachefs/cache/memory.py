@@ -24,6 +24,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -68,13 +69,14 @@ class _Kept:
         return size_of(self.version)
 
 
-class MemoryTier:
-    """The memory tier of one mount, of `size` bytes. `room` says how many bytes more it may take now."""
+class MemoryTier(Tier):
+    """The memory tier of one mount, of `size` bytes at `path`. `room` says how many bytes more it may take now."""
 
     number = MEMORY
 
     def __init__(
         self,
+        path: Path,
         size: int,
         ledger: Ledger,
         storage: Storage,
@@ -83,15 +85,14 @@ class MemoryTier:
         residency: Residency,
         copies: WorkerPool,
     ) -> None:
+        super().__init__(storage, ScratchReader(1, in_memory=True), ledger)
+        self.path = path
         self.size = size
-        self.storage = storage
-        self.reader = ScratchReader(1, in_memory=True)
         self.promotes: Callable[[], bool] = lambda: False
         """Whether the mount promotes what is completely in scratch."""
         self.hits = self.moved_down = self.moved_up = self.dropped = 0
         """Files."""
         self._granted = size - int(min(size * _TRADING_SHARE, _TRADING_BYTES))
-        self._ledger = ledger
         self._room = room
         self._below = below
         self._residency = residency
@@ -104,7 +105,6 @@ class MemoryTier:
         self._doubles: set[bytes] = set()
         self._wanted = 0
         self._asked_at = 0.0
-        self._suspended_until = -math.inf
         self._woken = trio.Event()
 
     # What fetches need
@@ -112,25 +112,13 @@ class MemoryTier:
     async def try_reserve(self, size: int, *, ahead: bool = False) -> bool:
         """At once, or not at all."""
         self._asked_at = trio.current_time()
-        if size > self._granted or self._asked_at < self._suspended_until:
+        if size > self._granted or self.is_suspended:
             return False
         if self._ledger.reserve(size, self._granted, self._room()):
             return True
         self._wanted = max(self._wanted, size)
         self._woken.set()
         return False
-
-    def settle(self, size: int) -> None:
-        self._ledger.settle(size)
-
-    def release(self, size: int) -> None:
-        self._ledger.release(size)
-
-    def doubt(self) -> None:
-        self._ledger.doubt()
-
-    def suspend(self) -> None:
-        self._suspended_until = trio.current_time() + _SUSPEND_SECONDS
 
     def keep(self, name: bytes, path: bytes, version: bytes, checksum: bytes) -> None:
         before = self._files.pop(name[:KEY_BYTES], None)
@@ -177,8 +165,9 @@ class MemoryTier:
             self._woken.set()
 
     def status(self) -> dict[str, Any]:
-        stored, files = self._ledger.stored()
+        stored, files = self.stored()
         return {
+            "path": str(self.path),
             "capacity_bytes": self.size,
             "files": files,
             "bytes": stored,
@@ -214,7 +203,7 @@ class MemoryTier:
             if freed == IN_USE:
                 self._superseded.append(name)
             elif freed != GONE:
-                self._ledger.remove(freed)
+                self.lose(freed)
 
     async def _shrink(self, size: int) -> None:
         """Give back what the machine or the job needs more. What finds no room below is dropped."""
@@ -275,7 +264,7 @@ class MemoryTier:
                 self._asked_at = math.inf  # there is no room: until something is fetched again
 
     def _taken(self) -> int:
-        return self._ledger.stored()[0] + self._ledger.reserved()
+        return self.stored()[0] + self._ledger.reserved()
 
     def _oldest(self, size: int) -> list[_Kept]:
         """The least recently used, up to `size` bytes of them or a little more; one batch."""
@@ -311,7 +300,7 @@ class MemoryTier:
             if is_known:
                 del self._files[key]
             if freed != GONE:  # else another mount has moved it, and taken it off the count
-                self._ledger.remove(freed)
+                self.lose(freed)
         return has_gone
 
     async def _move(self, files: list[tuple[bytes, bytes, bytes]], *, to: Tier) -> list[MoveResult]:
@@ -323,23 +312,19 @@ class MemoryTier:
         try:
             answers = await self._copies.run(("move", files, *way), what="move")
         finally:
-            for number, (name, version, _) in enumerate(files):
-                if answers and answers[number][0] == MOVED:
-                    to.settle(size_of(version))
-                elif answers or self._is_dropped(name, to):
-                    to.release(size_of(version))
-                else:  # the worker has died: it may be there, or half of it
-                    to.doubt()
+            if not answers:  # the worker has died
+                for name, version, _ in files:
+                    to.give_back(name, size_of(version), self._below.storage)
+        for (_, version, _), (how, _) in zip(files, answers, strict=True):
+            if how == MOVED:
+                to.settle(size_of(version))
+            else:
+                to.release(size_of(version))
         return answers
 
-    def _is_dropped(self, name: bytes, to: Tier) -> bool:
-        """Whether nothing is left of a move whose worker has died."""
-        try:
-            return all({tier.storage.discard_staged(name) for tier in (to, self._below)}) and not to.storage.has(name)
-        except StorageError:
-            return False
-
     def _drop(self, name: bytes, size: int) -> None:
-        self._files.pop(name[:KEY_BYTES], None)
+        kept = self._files.get(name[:KEY_BYTES])
+        if kept is not None and kept.name == name:
+            del self._files[name[:KEY_BYTES]]
         if self.storage.drop(name, self.storage.boot):
-            self._ledger.remove(size)
+            self.lose(size)

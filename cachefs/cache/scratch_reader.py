@@ -27,8 +27,8 @@ class ScratchReader:
     def expect(self, fd: int, size: int) -> None:
         """Have the disk bring a small file while the kernel, which was told of the open, prepares its first read.
 
-        Mostly the page cache has it then, and no thread is needed: with a cold page cache, files of 110 KB take 319 us
-        each instead of 398, of 4 KB 204 instead of 326 (benchmarks/results/requests.json, "not asked at open").
+        Mostly the page cache has it then, and no thread is needed: with a cold page cache, files of 110 KB take 218 us
+        each instead of 297, of 4 KB 182 instead of 260 (benchmarks/results/requests.json, "not asked at open").
         """
         if self._flags and size <= _EXPECTED_BYTES:
             with suppress(OSError):  # it is advice: a file system may not know it

@@ -98,10 +98,10 @@ class Storage:
         """
         with storage_errors(name):
             try:
-                folder = open_beneath(f"{self.boot}/{_text(name)[:2]}", _FOLDER, self._files)
+                opened = self._folder(name)
             except FileNotFoundError:
                 return None
-            with _opened(folder):
+            with opened as folder:
                 on_folder(folder)
                 try:
                     fd = self.open_unchanged(name, size, mtime_ns)

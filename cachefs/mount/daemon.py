@@ -154,9 +154,9 @@ def _serve(
         serve(lay_grounds(settings, source_fd, scratch, memory), on_ready, on_starting, keep_informed)
     except CachefsError:
         if memory is not None:
-            unlock_scratch(memory.fd)
+            unlock_scratch(memory.scratch.fd)
             with suppress(CachefsError):
-                free_memory(memory.path)
+                free_memory(memory.scratch.path)
         unlock_scratch(scratch.fd)
         if scratch.is_new:
             with suppress(CachefsError):  # another mount may use it by now

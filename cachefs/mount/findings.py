@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from cachefs.config import RESERVED_SHARE, SPARED_MEMORY_SHARE, Capacity, format_size
+from cachefs.config import RESERVED_SHARE, SPARED_MEMORY_SHARE, WORTH_IT, Capacity, format_size
 from cachefs.errors import CachefsError
 from cachefs.mount.facts import LOCAL, MEMORY, NETWORK, Examination, Extent, Machine, Scratch, Source
 from cachefs.mount.forecast import READERS, Forecast
@@ -20,8 +20,6 @@ _FEWEST_OPEN_FILES = 4096
 """The daemon holds a file open for each different file that readers have open."""
 _LEAST_MEMORY = 512 * 1024 * 1024
 """A daemon with 1,000,000 files in its index takes 260 MiB (README, Figures), and has worker processes beside it."""
-_WORTH_IT = 1.2
-"""A later epoch that is faster by less than this, against one read directly, gets a warning."""
 
 
 class Verdict(Enum):
@@ -53,7 +51,7 @@ def judge(
         room = scratch.room(capacity)
         findings.append(_judge_fit(source.extent, room, capacity, better))
         findings.append(_judge_memory(source.extent, room, facts.machine.limits))
-    if forecast is not None and forecast.speed_up < _WORTH_IT:
+    if forecast is not None and forecast.speed_up < WORTH_IT:
         found = f"later epochs would take {1 / forecast.speed_up:.2g} times as long as read directly"
         findings.append(Finding("use of a cache", found, Verdict.WARNING, "there is little to gain from one here"))
     return tuple(findings)
@@ -206,7 +204,7 @@ def _judge_memory(extent: Extent, room: int, limits: Limits) -> Finding:
             "--memory would bring nothing: the dataset fits scratch, and the page cache keeps what memory has room for"
         )
         return Finding("memory tier", found)
-    most = limits.memory_total if limits.memory_limit is None else min(limits.memory_total, limits.memory_limit.size)
+    most = limits.most_memory
     could = min(limits.memory_available, most) - round(SPARED_MEMORY_SHARE * most)
     if could <= 0:
         return Finding("memory tier", "there is no memory for one")

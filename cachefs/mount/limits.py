@@ -52,6 +52,11 @@ class Limits:
     processors: int
     processors_of_machine: int
 
+    @property
+    def most_memory(self) -> int:
+        """What this process may have at all."""
+        return self.memory_total if self.memory_limit is None else self.memory_limit.size
+
 
 def read_limits() -> Limits:
     memory = psutil.virtual_memory()

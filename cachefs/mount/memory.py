@@ -11,31 +11,20 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import logging
 import os
-import time
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
-
-from cachefs.cache.ledger import Ledger
-from cachefs.cache.memory import MemoryTier
-from cachefs.cache.scratch import Scratch, claim_scratch
+from cachefs.cache.scratch import MEMORY, Scratch, claim_scratch
 from cachefs.cache.storage import Storage
-from cachefs.cache.trees import Trees
-from cachefs.config import SPARED_MEMORY_SHARE, Capacity, Settings, format_size
+from cachefs.config import Capacity, Settings, format_size
 from cachefs.errors import CachefsError, UsageError
-from cachefs.metrics import Metrics
-from cachefs.mount.limits import find_memory_limit
-from cachefs.mount.membership import Membership
+from cachefs.mount.leases import boot_id
+from cachefs.mount.limits import read_limits
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount
 from cachefs.mount.purge import ScratchInUseError, purge
 
-log = logging.getLogger(__name__)
-
-_LOOK_SECONDS = 0.1
 _CHOOSE = "choose a smaller --memory"
 
 
@@ -49,13 +38,7 @@ def memory_size(memory: Capacity) -> int:
     """Bytes; a share is of the memory that this process may have."""
     if memory.size is not None:
         return memory.size
-    return int((memory.share or 0.0) * _most())
-
-
-def _most() -> int:
-    total = int(psutil.virtual_memory().total)
-    limit = find_memory_limit(total)
-    return total if limit is None else limit.size
+    return int((memory.share or 0.0) * read_limits().most_memory)
 
 
 def check_memory(settings: Settings) -> None:
@@ -85,7 +68,7 @@ def check_memory(settings: Settings) -> None:
             f"--memory-path {place} is not in memory ({mount.fstype if mount else 'unknown'})",
             "name a directory on tmpfs, such as /dev/shm",
         )
-    if size > (most := _most()):
+    if size > (most := read_limits().most_memory):
         raise UsageError(f"--memory {format_size(size)} is more than this job may have ({format_size(most)})", _CHOOSE)
     if size > (total := status.f_blocks * status.f_frsize):
         raise UsageError(
@@ -94,17 +77,27 @@ def check_memory(settings: Settings) -> None:
         )
 
 
-def claim_memory(settings: Settings, scratch: Scratch) -> Scratch | None:
-    """The claimed directory of the memory tier, None without one. Raises CachefsError."""
+@dataclass(frozen=True)
+class MemoryPlace:
+    """The claimed directory of a memory tier, of `size` bytes."""
+
+    scratch: Scratch
+    storage: Storage
+    size: int
+
+
+def claim_memory(settings: Settings, scratch: Scratch) -> MemoryPlace | None:
+    """The place of the memory tier, None without one. Raises CachefsError."""
     if settings.memory is None:
         return None
     path = memory_path(settings)
     free_memory(path)
     free_orphans(settings.memory_path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open("memory", flags, 0o600, dir_fd=scratch.fd), "wb") as file:
+    with open(os.open(MEMORY, flags, 0o600, dir_fd=scratch.fd), "wb") as file:
         file.write(os.fsencode(path))
-    return claim_scratch(path)
+    place = claim_scratch(path)
+    return MemoryPlace(place, Storage(place.fd, boot_id()), memory_size(settings.memory))
 
 
 def free_memory(path: Path) -> None:
@@ -112,43 +105,6 @@ def free_memory(path: Path) -> None:
     if os.path.lexists(path):
         with suppress(ScratchInUseError):
             purge(path)
-
-
-def join_memory(settings: Settings, place: Scratch, storage: Storage, dataset: bytes, stack: AsyncExitStack) -> Ledger:
-    """The ledger of a claimed memory tier, which is left, and freed by whoever is the last, when `stack` ends."""
-    membership = Membership(settings, place, storage, Trees(place.fd), dataset)
-
-    def leave() -> None:
-        membership.leave()
-        try:
-            free_memory(place.path)
-        except CachefsError as error:
-            log.warning("memory tier not freed error=%r", str(error))
-
-    stack.callback(leave)
-    membership.count_nothing()
-    return membership.ledger
-
-
-def describe_tiers(
-    scratch: Scratch,
-    capacity: int,
-    ledger: Ledger,
-    metrics: Metrics,
-    memory: Scratch | None,
-    tier: MemoryTier | None,
-) -> list[dict[str, Any]]:
-    """What is in each tier, the fastest first, and how many hits it had; files that have moved between them.
-
-    `capacity` (bytes) and `ledger` are those of `scratch`.
-    """
-    stored, files = ledger.stored()
-    hits = metrics.hits - (tier.hits if tier is not None else 0)
-    counts = {"capacity_bytes": capacity, "files": files, "bytes": stored, "hits": hits}
-    found: list[dict[str, Any]] = [{"path": str(scratch.path), **counts}]
-    if memory is not None and tier is not None:
-        found.insert(0, {"path": str(memory.path), **tier.status()})
-    return found
 
 
 def free_orphans(place: Path) -> int:
@@ -172,27 +128,3 @@ def free_orphans(place: Path) -> int:
             purge(path)
             freed += 1
     return freed
-
-
-class MemoryRoom:
-    """How many bytes more the memory tier may take: called often, it looks seldom. `fd` is in its tmpfs."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._limit = find_memory_limit(psutil.virtual_memory().total)
-        self._looked_at = 0.0
-        self._room = 0
-
-    def __call__(self) -> int:
-        now = time.monotonic()
-        if now - self._looked_at > _LOOK_SECONDS:
-            self._looked_at = now
-            self._room = self._look()
-        return self._room
-
-    def _look(self) -> int:
-        memory, status = psutil.virtual_memory(), os.fstatvfs(self._fd)
-        rooms = [memory.available - SPARED_MEMORY_SHARE * memory.total, status.f_bavail * status.f_frsize]
-        if self._limit is not None:
-            rooms.append((1 - SPARED_MEMORY_SHARE) * self._limit.size - self._limit.used())
-        return int(min(rooms))

@@ -28,7 +28,6 @@ from cachefs.cache.copying import CopyHandlers
 from cachefs.cache.fetches import Fetches
 from cachefs.cache.index import IndexHandlers
 from cachefs.cache.ledger import Ledger
-from cachefs.cache.memory import MemoryTier
 from cachefs.cache.prefetch import Prefetch
 from cachefs.cache.residency import Residency
 from cachefs.cache.scratch import Scratch
@@ -37,7 +36,7 @@ from cachefs.cache.storage import Storage
 from cachefs.cache.tiers import Tiers
 from cachefs.cache.trees import TreeHandlers, Trees
 from cachefs.cache.write_watch import WriteWatch
-from cachefs.config import Capacity, Settings
+from cachefs.config import Settings
 from cachefs.errors import CachefsError, describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.operations import Operations
@@ -47,10 +46,11 @@ from cachefs.mount.control import Send, serve_control
 from cachefs.mount.fuse_session import mounted_session
 from cachefs.mount.leases import boot_id
 from cachefs.mount.membership import Membership
-from cachefs.mount.memory import MemoryRoom, describe_tiers, join_memory, memory_size
+from cachefs.mount.memory import MemoryPlace
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount, mount_id_of
 from cachefs.mount.promotion import Promotion
-from cachefs.mount.sharding import NO_SHARD, DeclaredShare, room_in, take_share
+from cachefs.mount.sharding import NO_SHARD, DeclaredShare, take_share
+from cachefs.mount.tiers import JoinedMemory, describe_tiers
 from cachefs.mount.warming import Warming
 from cachefs.source.client import Source
 from cachefs.source.handlers import SourceHandlers
@@ -91,9 +91,8 @@ class Grounds:
 
     settings: Settings
     scratch: Scratch
-    memory: Scratch | None
+    memory: MemoryPlace | None
     storage: Storage
-    memory_storage: Storage | None
     trees: Trees
     watch: WriteWatch
     fork_server: ForkServer
@@ -108,11 +107,10 @@ def open_source(settings: Settings) -> int:
         raise CachefsError(f"source {settings.source} cannot be opened: {describe(error)}") from None
 
 
-def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch, memory: Scratch | None) -> Grounds:
+def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch, memory: MemoryPlace | None) -> Grounds:
     """Fork the fork server, which takes the source over. The process must have one thread."""
     storage, trees, watch = Storage(scratch.fd, boot_id()), Trees(scratch.fd), WriteWatch()
-    memory_storage = Storage(memory.fd, storage.boot) if memory is not None else None
-    storages = [one for one in (storage, memory_storage) if one is not None]
+    storages = [storage] if memory is None else [storage, memory.storage]
     lifetime = _directory_lifetime(settings)
     index_path = scratch.path / "index.db"
 
@@ -132,7 +130,7 @@ def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch, memory: Sc
     fork_server = ForkServer.start(work, keep_fds=[source_fd, trees.fd, watch.fd, *of_storages])
     os.close(source_fd)  # the workers have it; the event loop never touches the source itself
     dataset = hashlib.blake2b(os.fsencode(settings.source), digest_size=16).digest()
-    return Grounds(settings, scratch, memory, storage, memory_storage, trees, watch, fork_server, dataset)
+    return Grounds(settings, scratch, memory, storage, trees, watch, fork_server, dataset)
 
 
 def serve(
@@ -172,9 +170,9 @@ async def _serve(
         membership = Membership(settings, grounds.scratch, grounds.storage, grounds.trees, grounds.dataset)
         stack.callback(membership.leave)
         ledger = membership.ledger
-        memory_ledger = None
-        if grounds.memory is not None and grounds.memory_storage is not None:
-            memory_ledger = join_memory(settings, grounds.memory, grounds.memory_storage, grounds.dataset, stack)
+        joined = None
+        if grounds.memory is not None:
+            joined = JoinedMemory(settings, grounds.memory, grounds.dataset, stack)
         capacity = _capacity_bytes(settings, grounds.storage, ledger)
         residency = Residency(grounds.dataset, grounds.storage.boot, pools["index"], recency=settings.policy != "hold")
         stack.push_async_callback(_write_last, residency, membership)
@@ -193,18 +191,7 @@ async def _serve(
             metrics=metrics,
         )
         source = Source(pools["metadata"], pools["read"], settings.source_timeout or math.inf)
-        memory = None
-        if grounds.memory is not None and grounds.memory_storage is not None and memory_ledger is not None:
-            memory = MemoryTier(
-                memory_size(settings.memory or Capacity(0)),
-                memory_ledger,
-                grounds.memory_storage,
-                MemoryRoom(grounds.memory.fd),
-                keeper,
-                residency,
-                pools["fetch"],
-            )
-            keeper.above_bytes = memory.size
+        memory = None if joined is None else joined.tier(keeper, residency, pools["fetch"])
         tiers = Tiers([keeper] if memory is None else [memory, keeper])
         fetches = Fetches(nursery, pools["fetch"], tiers, residency, keeper, metrics, source.timeout)
         cache = Cache(source, tiers, residency, keeper, memory, fetches, metrics)
@@ -219,13 +206,9 @@ async def _serve(
         signals = stack.enter_context(trio.open_signal_receiver(KEEPER_SIGNAL, *ending))
         declared = None
         if settings.sharding is not None:
-
-            def room() -> int:
-                return room_in(capacity, grounds.storage, ledger) + keeper.above_bytes
-
             async with _starting(signals, on_starting):
-                share = await take_share(settings.sharding, room, filesystem, cache, read_through)
-            declared = DeclaredShare(settings.sharding, share, room(), membership)
+                share = await take_share(settings.sharding, keeper.room, filesystem, cache, read_through)
+            declared = DeclaredShare(settings.sharding, share, keeper.room(), membership)
             nursery.start_soon(declared.declare)
         if settings.prefetch == "auto":
             filesystem.on_miss = read_through.note_miss
@@ -249,7 +232,7 @@ async def _serve(
             nursery.start_soon(memory.run)
 
         def status(_: Mapping[str, Any]) -> dict[str, Any]:
-            parts = describe_tiers(grounds.scratch, capacity, ledger, metrics, grounds.memory, memory)
+            parts = describe_tiers(grounds.scratch.path, keeper, memory, metrics)
             return {
                 "source": str(settings.source),
                 "mountpoint": str(settings.mountpoint),

@@ -18,10 +18,8 @@ from typing import Any
 import trio
 
 from cachefs.cache.cache import Cache
-from cachefs.cache.ledger import Ledger
 from cachefs.cache.shards import Division, Listing, Share
-from cachefs.cache.storage import Storage
-from cachefs.config import RESERVED_SHARE, Sharding, format_size
+from cachefs.config import Sharding, format_size
 from cachefs.errors import ShardError, describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.read_through import ReadThrough
@@ -89,13 +87,6 @@ async def find_share(sharding: Sharding, room: Callable[[], int], filesystem: Fi
     share = Share(division, sharding.number)
     _fit(sharding, share, room())
     return share
-
-
-def room_in(capacity: int, storage: Storage, ledger: Ledger) -> int:
-    """Bytes that scratch can hold, with what it holds: less than the capacity where the disk has no more."""
-    available, total = storage.space()
-    stored, _ = ledger.stored()
-    return min(capacity, stored + max(0, int(available - RESERVED_SHARE * total)))
 
 
 class DeclaredShare:

@@ -56,8 +56,8 @@ FETCHING = {
     "while it leaves": _before(membership.Membership, "leave"),
 }
 EVICTING = {
-    "before it evicts": _before(copying.CopyHandlers, "_remove_one"),
-    "after it has evicted": _after(copying.CopyHandlers, "_remove_one"),
+    "before it evicts": _before(copying, "_remove_one"),
+    "after it has evicted": _after(copying, "_remove_one"),
     "before evictions count": _before(ledger.Ledger, "remove"),
 }
 PROMOTING = {

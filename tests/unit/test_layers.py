@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -194,3 +196,10 @@ def test_the_checker_lets_pass_what_is_allowed(tmp_path, file, text):
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     assert complaints(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["mount", "purge", "run", "status", "umount", "warm"])
+def test_a_command_starts_without_the_event_loop(command):
+    """Only a daemon needs it: help, refusals and what asks a daemon are not to wait for its import."""
+    code = f"import sys, cachefs.cli.{command}; sys.exit('trio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
