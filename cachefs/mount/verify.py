@@ -114,18 +114,19 @@ class _Verify:
 
         One look is not enough: a file that is evicted right after that is not there, and the index knows it still.
         """
-        for _ in range(_LOOKS):
-            live = live_leases(self._scratch)
-            if not missing or not live:
-                break
-            for record in live:
-                try:
-                    ask(self._scratch, record.id, "flush")
-                except CachefsError:  # it is ending, or hangs
-                    time.sleep(2 * FLUSH_SECONDS)
-            with closing(self._open_index()) as index:
+        if not missing or not live_leases(self._scratch):
+            return missing
+        with closing(self._open_index()) as index:
+            for _ in range(_LOOKS):
+                if not missing:
+                    break
+                for record in live_leases(self._scratch):
+                    try:
+                        ask(self._scratch, record.id, "flush")
+                    except CachefsError:  # it is ending, or hangs
+                        time.sleep(2 * FLUSH_SECONDS)
                 now = index.of([fault.name for fault in missing])
-            missing = [fault for fault in missing if fault.name in now and not self._storage.has(fault.name)]
+                missing = [fault for fault in missing if fault.name in now and not self._storage.has(fault.name)]
         return missing
 
     def _note_file(self, fault: Fault) -> None:
