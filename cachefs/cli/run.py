@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +249,13 @@ def _settings_of(data: Sequence[str], scratch: Path, options: dict[str, Any]) ->
         check_paths(settings, is_private=True)  # the keeper asks again where it is not
         try:
             check_capacity(settings)
-            check_memory(settings)
         except CachefsError as error:  # 5% of the disk stay free all the same
             _tell_user(f"warning: {error}")
+        try:
+            check_memory(settings)
+        except CachefsError as error:
+            _tell_user(f"warning: {error}; there is no memory tier")
+            settings = replace(settings, memory=None)
         yield settings
 
 

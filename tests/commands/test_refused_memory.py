@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import psutil
@@ -72,6 +74,20 @@ def test_in_a_run(own_place: Place):
     done = own_place.run("run", "--data", own_place.source, *options, "--", "echo", "it runs")
     assert (done.returncode, done.stdout) == (0, "it runs\n")
     assert "warning: --memory 100.0 TiB is more than this job may have" in done.stderr
+
+
+def test_a_run_with_a_place_that_cannot_be(own_place: Place):
+    """It is not used all the same: there is a mount, without a memory tier."""
+    disk = own_place.make("disk")
+    options = ("--scratch", own_place.scratch, "--memory", "1M", "--memory-path", disk)
+    ask = f"{sys.executable} -m cachefs status --json {own_place.source}"
+    done = own_place.run("run", "--data", own_place.source, *options, "--", "sh", "-c", ask)
+    assert done.returncode == 0, done.stderr
+    assert "is not in memory" in done.stderr
+    assert "there is no memory tier" in done.stderr
+    (tier,) = json.loads(done.stdout)["tiers"]
+    assert tier["path"] == str(own_place.scratch)
+    assert os.listdir(disk) == []
 
 
 def test_somebody_elses_directory(own_place: Place, shm: Path):
