@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -52,19 +53,21 @@ def test_killed_and_restarted_at_random(mounts, dataset, tmp_path, mounted, read
     assert_sound(again)
 
 
-def test_four_mounts_fetch_each_file_once(dataset, slow_source, tmp_path, mounted, readers):
-    """All of them read all of it at once, and the source gives each byte once."""
+def test_four_mounts_fetch_each_file_once(dataset, slow_source, tmp_path, mounted):
+    """All of them read all of it at once, whole files in orders of their own, and the source gives each byte once.
+
+    (A reader of parts may have one from the source, where its fetch is far behind.)
+    """
     slow = slow_source(dataset.path, latency=0.002)
     places = [tmp_path / f"mount{number}" for number in range(4)]
     for place in places:
         place.mkdir()
     caches = [mounted(slow.path, at=place, scratch=tmp_path / "scratch") for place in places]
     slow.reset()
-    reading = [readers(place, number) for number, place in enumerate(places)]
+    with ThreadPoolExecutor(len(places)) as pool:
+        for reading in [pool.submit(dataset.check, place, number) for number, place in enumerate(places)]:
+            reading.result()
     wait_until(lambda: counters(caches[0])["resident_files"] == len(dataset.content), "all is resident", 60)
-    for place in places:
-        dataset.check(place)
-    assert not any(one.stop()["errors"] for one in reading)
     seen = slow.statistics()
     assert {name: seen.file(name).bytes_read for name in dataset.content} == {
         name: len(data) for name, data in dataset.content.items()

@@ -64,11 +64,12 @@ def test_an_error_in_the_middle_of_a_file(slow, source, mounted, mountpoint):
     """Semantics 9: the bytes before the bad place, an error at it, the rest after it heals: with one handle."""
     data = os.urandom(6_000_000)
     (source / "file").write_bytes(data)
-    mounted(slow.path, at=mountpoint)
+    cache = mounted(slow.path, at=mountpoint)
     slow.fail("file", "read", "EIO", after_bytes=4_000_000)
     fd = os.open(mountpoint / "file", os.O_RDONLY)
     try:
         assert errno_of(os.pread, fd, 1000, 5_000_000) == "EIO"
+        wait_until(lambda: counters(cache)["fetch_errors"] == 1, "the fetch is over: who waits for one has its error")
         slow.clear_faults()
         assert os.pread(fd, 1000, 5_000_000) == data[5_000_000:5_001_000]
     finally:
