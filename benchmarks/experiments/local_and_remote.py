@@ -1,8 +1,9 @@
 """Local and remote: training on 500 pairs of rasters, near and far, with and without the mount, by 0 and 4 workers.
 
 Near is the local disk; far takes 10 ms for each operation and has 1 Gbit/s. A sample has 33 bands of 224 x 224 pixels
-and 24 bands of truth, 5.7 MB (`benchmarks/rasters.py`). The page cache is dropped before each epoch. The mount has the
-default options; its first epoch begins with an empty scratch. `--samples 5000` takes ten times as long.
+and 24 bands of truth, which the workers decompress (`benchmarks/rasters.py`). The page cache is dropped before each
+epoch. The mount has the default options; its first epoch begins with an empty scratch. `--samples 5000` takes ten times
+as long.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS, Running
-from benchmarks.rasters import SAMPLE_BYTES, make_rasters
+from benchmarks.rasters import PIXEL_BYTES, make_rasters
 from benchmarks.results import Circumstances, Result, Run, short
 from benchmarks.stage import READ_SECONDS, Conditions, Reader, Stage, lacking
 from cachefs.config import format_size
@@ -37,7 +38,7 @@ def run(stage: Stage) -> list[Result]:
         stage.skipped.update(dict.fromkeys(("source", "cachefs"), reason))
         return []
     samples = stage.options.samples or stage.size(SAMPLES, QUICK_SAMPLES)
-    stage.tell(f"making {samples:,} samples, {format_size(samples * SAMPLE_BYTES)}")
+    stage.tell(f"making {samples:,} samples, {format_size(samples * PIXEL_BYTES)} of pixels")
     data = make_rasters(stage.new_folder(), samples, stage.options.seed)
     limit = READ_SECONDS * max(1.0, samples / SAMPLES)
     for case in NEAR_CASE, FAR_CASE:
@@ -91,7 +92,7 @@ def summarize(run: Run) -> Iterator[str]:
         return
     workers = max(key[2] for key in found)
     samples = run.results[0].circumstances["samples"]
-    yield f"{samples:,.0f} samples, {format_size(samples * SAMPLE_BYTES)}. Seconds an epoch:"
+    yield f"{samples:,.0f} samples, {format_size(samples * PIXEL_BYTES)} of pixels. Seconds an epoch:"
     yield ""
     counts = sorted({key[2] for key in found})
     yield "| | " + " | ".join(f"{case}, {count} workers" for case in (NEAR_CASE, FAR_CASE) for count in counts) + " |"

@@ -19,7 +19,7 @@ from benchmarks.results import Result, Run, short
 from benchmarks.stage import Conditions, Reader, Stage, lacking
 
 REPETITIONS = 5
-BATCHES, BATCH, QUICK_BATCHES, WIDTH = 100, 4, 10, 8
+BATCHES, BATCH, QUICK_BATCHES, WIDTH = 100, 4, 10, 12
 WORKERS = tuple(range(9))
 QUICK_WORKERS = (2,)
 CONDITIONS = Conditions(2.0, 125.0)

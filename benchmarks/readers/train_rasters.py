@@ -1,4 +1,4 @@
-"""A PyTorch training loop over pairs of rasters: `inputs/NAME.npy` with 33 bands, `truth/NAME.npy` with 24.
+"""A PyTorch training loop over pairs of rasters: `inputs/NAME.npz` with 33 bands, `truth/NAME.npz` with 24.
 
     python train_rasters.py DIRECTORY --epochs 2 --workers 4 --seed 0
 
@@ -35,7 +35,8 @@ class Rasters(Dataset):
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        bands, truth = numpy.load(self.inputs[index]), numpy.load(self.truths[index])
+        with numpy.load(self.inputs[index]) as inputs, numpy.load(self.truths[index]) as truths:
+            bands, truth = inputs["pixels"], truths["pixels"]
         return torch.from_numpy(bands), torch.from_numpy(truth), bands.nbytes + truth.nbytes
 
 

@@ -40,13 +40,15 @@ def test_rasters_are_those_of_their_seed(tmp_path):
     numpy = pytest.importorskip("numpy")
     few, more = rasters.make_rasters(tmp_path / "few", 2), rasters.make_rasters(tmp_path / "more", 3)
     other = rasters.make_rasters(tmp_path / "other", 1, seed=1)
-    names = sorted(path.relative_to(few) for path in few.rglob("*.npy"))
+    names = sorted(path.relative_to(few) for path in few.rglob("*.npz"))
     assert len(names) == 4
     assert all((few / name).read_bytes() == (more / name).read_bytes() for name in names)
     assert (few / names[0]).read_bytes() != (other / names[0]).read_bytes()
-    bands, truth = numpy.load(few / names[0]), numpy.load(few / "truth" / names[0].name)
+    with numpy.load(few / names[0]) as inputs, numpy.load(few / "truth" / names[0].name) as truths:
+        bands, truth = inputs["pixels"], truths["pixels"]
     assert (bands.shape, truth.shape) == ((33, 224, 224), (24, 224, 224))
-    assert bands.nbytes + truth.nbytes == rasters.SAMPLE_BYTES
+    assert bands.nbytes + truth.nbytes == rasters.PIXEL_BYTES
+    assert (few / names[0]).stat().st_size < 0.9 * bands.nbytes
 
 
 def sweep() -> Run:
