@@ -281,8 +281,8 @@ class FileSystem:
         """Call `on_file` with path and packed attributes of each regular file below a directory, or of a file itself.
 
         Without `is_tree` its sub-directories are left out. What cannot be listed is passed over, but for `node` itself,
-        and told to `on_error` with its path. Hard links may be told by one of their names several times; `by_name` each
-        by its own.
+        and so is an entry of which there are no attributes to be had; both are told to `on_error` with their path. Hard
+        links may be told by one of their names several times; `by_name` each by its own.
         """
         if node.kind == stat.S_IFREG and node.attributes is not None:
             return await on_file(node.path, node.attributes)
@@ -323,6 +323,13 @@ class FileSystem:
                 for name in part:
                     child = self.inodes.child(directory, name)
                     if child is None or child.attributes is None:
+                        if on_error is None or name not in directory_of(directory).children:  # or gone
+                            continue
+                        try:
+                            child = await self._ask_once_more(directory, name)
+                        except OSError as error:
+                            on_error(prefix + name, error)
+                    if child is None or child.attributes is None:
                         continue
                     if child.kind == stat.S_IFREG:
                         files.append((prefix + name if by_name else child.path, child.attributes))
@@ -333,6 +340,13 @@ class FileSystem:
                 for path, attributes in files:
                     await on_file(path, attributes)
             waiting += reversed(below)
+
+    async def _ask_once_more(self, directory: Node, name: bytes) -> Node:
+        """A listed entry whose attributes were asked for and did not come. Raises SourceError, which says why."""
+        expires = time.monotonic() + self._ttl
+        path = directory.path
+        attributes = await self._source.stat(path + b"/" + name if path else name)
+        return self.inodes.update(directory, name, attributes, expires)
 
     # Files
 

@@ -26,6 +26,11 @@ Part = tuple[int, int]
 """(which, of how many)."""
 
 _SAY_IT = "write --shard R/N"
+_MPI_NODES = "OMPI_MCA_orte_num_nodes"
+"""Set up to Open MPI 4: without it, 4 + 2 + 2 ranks look like as many on each of other numbers of nodes."""
+_SLURM_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+_SLURM_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
+"""Within a step, and of the whole job; that of tasks is not set where --nodes alone was given."""
 _UNDEFINED = ("", "undefined")
 """Grid Engine's value of a variable that a job has not."""
 
@@ -54,7 +59,25 @@ def _torchrun_rank(environment: Environment) -> Part | None:
         outer = _mpi_rank(environment) or _slurm_rank(environment)
         if outer is None or outer[1] != size:
             raise _contradiction(environment, "WORLD_SIZE", "RANK")
+    if part is not None and not environment.get("TORCHELASTIC_RUN_ID"):
+        _check_exported(environment, part)
     return part
+
+
+def _check_exported(environment: Environment, part: Part) -> None:
+    """RANK of WORLD_SIZE is not torchrun's: scripts export it from the step's own, and ahead of the step all get one's.
+
+    Launchers that are none of ours set it too, for more ranks than the step has; torchrun may number them otherwise.
+    """
+    for read, names in (
+        (_mpi_rank, ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")),
+        (_slurm_step_rank, ("SLURM_PROCID", *_SLURM_TASKS)),
+    ):
+        outer = read(environment)
+        if outer is not None:
+            if outer[1] == part[1] and outer != part:
+                raise _contradiction(environment, "RANK", "WORLD_SIZE", *names)
+            return
 
 
 def _torchrun_node(environment: Environment) -> Part | None:
@@ -79,29 +102,32 @@ def _mpi_node(environment: Environment) -> Part | None:
         return None
     rank, size = world
     names = ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
-    local = _pair(environment, *names)
+    local, nodes = _pair(environment, *names), _number(environment, _MPI_NODES)
     if local is None:
         raise _contradiction(environment, "OMPI_COMM_WORLD_RANK", *names)
-    if size % local[1] or rank % local[1] != local[0]:
+    is_regular = not size % local[1] and rank % local[1] == local[0]
+    if not is_regular or nodes not in (None, size // local[1]):
         raise UsageError(
             f"Open MPI does not say which node this is where ranks are not placed node by node, as many on each "
-            f"({_quoted(environment, 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', *names)})",
+            f"({_quoted(environment, 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', *names, _MPI_NODES)})",
             _SAY_IT,
         )
     return rank // local[1], size // local[1]
 
 
+def _slurm_step_rank(environment: Environment) -> Part | None:
+    """A task of srun's, of several."""
+    return _slurm_rank(environment) if environment.get("SLURM_STEP_ID") else None
+
+
 def _slurm_rank(environment: Environment) -> Part | None:
     """A task of srun's. Where that has started just one, the job may be one of an array's."""
-    sizes = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-    part = _slurm_part(environment, "SLURM_PROCID", sizes, "tasks")
+    part = _slurm_part(environment, "SLURM_PROCID", _SLURM_TASKS, "tasks")
     return part if part != (0, 1) or _task(environment) is None else None
 
 
 def _slurm_node(environment: Environment) -> Part | None:
-    return _slurm_part(
-        environment, "SLURM_NODEID", ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"), "nodes"
-    )
+    return _slurm_part(environment, "SLURM_NODEID", _SLURM_NODES, "nodes")
 
 
 def _slurm_part(environment: Environment, which: str, sizes: tuple[str, ...], what: str) -> Part | None:
@@ -111,14 +137,15 @@ def _slurm_part(environment: Environment, which: str, sizes: tuple[str, ...], wh
     if environment.get("SLURM_STEP_ID"):
         size = next((name for name in sizes if environment.get(name)), sizes[0])
         return _pair(environment, which, size)
-    counts = [_number(environment, name) for name in sizes[1:]]
-    if all(count in (None, 1) for count in counts):
+    of_job = dict.fromkeys((*sizes[1:], *_SLURM_NODES[1:]))  # a job on several nodes has several tasks
+    several = [name for name in of_job if _number(environment, name) not in (None, 1)]
+    if not several:
         return 0, 1
     if _task(environment) is not None and what == "tasks":
         return None
     raise UsageError(
         f"--shard auto: this is the script of a Slurm job with several {what}, and none of them "
-        f"({_quoted(environment, *sizes[1:])}, no SLURM_STEP_ID)",
+        f"({_quoted(environment, *several)}, no SLURM_STEP_ID)",
         f"start cachefs with srun, or {_SAY_IT}",
     )
 

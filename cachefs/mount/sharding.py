@@ -54,8 +54,11 @@ def check_undivided(source_fd: int) -> None:
 
     It may be one since a moment ago, where two ranks mount over the same path.
     """
-    number = mount_id_of(source_fd)
-    mount = next((mount for mount in read_mounts() if mount.id == number), None)
+    mounts, number = read_mounts(), mount_id_of(source_fd)
+    mount = next((mount for mount in mounts if mount.id == number), None)
+    if mount is not None and mount.tree is not None:  # promoted by it: the lease is that of the mount beneath
+        tree = mount.tree
+        mount = next((other for other in mounts if other.lease is not None and other.lease[1] == tree), mount)
     lease = live_lease(mount) if mount is not None and mount.fstype == FSTYPE else None
     if mount is not None and lease is not None and " view" in lease.shard:
         raise ShardError(

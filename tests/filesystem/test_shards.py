@@ -12,6 +12,7 @@ from cachefs.errors import ShardError
 from cachefs.fs import inodes
 from cachefs.mount.sharding import find_share
 from cachefs.source.attributes import Attributes
+from cachefs.source.tree import SourceTree
 from tests.filesystem.test_metadata import in_world
 
 
@@ -24,6 +25,17 @@ def source(tmp_path):
             (path / folder / name).write_bytes(b"content")
     (path / "a" / "link").symlink_to("hidden")
     return path
+
+
+def fail_attributes(monkeypatch, name, number):
+    """Whoever asks for those of an entry of that name gets an error."""
+
+    def stat(tree, entry, directory, plain=SourceTree._stat):
+        if entry == name:
+            raise OSError(number, os.strerror(number))
+        return plain(tree, entry, directory)
+
+    monkeypatch.setattr(SourceTree, "_stat", stat)
 
 
 def is_shown(path):
@@ -162,5 +174,30 @@ def test_a_directory_that_cannot_be_listed_is_an_error(source, tmp_path, path):
         made.source.errors["list", path] = errno.EIO
         with pytest.raises(ShardError, match="could not be listed: Input/output error"):
             await find_share(Sharding(0, 2), lambda: 1 << 30, made.filesystem)
+
+    in_world(tmp_path, main)
+
+
+@pytest.mark.parametrize("name", [b"shown", b"a", b"b"])
+@pytest.mark.parametrize("ttl", [0.0, 3600.0])
+def test_an_entry_whose_attributes_cannot_be_had_is_an_error(source, tmp_path, monkeypatch, name, ttl):
+    """Of a directory all that is below it would be missing."""
+
+    fail_attributes(monkeypatch, name, errno.EIO)
+
+    async def main(made):
+        with pytest.raises(ShardError, match="could not be listed: Input/output error"):
+            await find_share(Sharding(0, 2), lambda: 1 << 30, made.filesystem)
+
+    in_world(tmp_path, main, ttl=ttl)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.ESTALE])
+def test_an_entry_that_has_gone_or_is_closed_is_passed_over(source, tmp_path, monkeypatch, number):
+    fail_attributes(monkeypatch, b"b", number)
+
+    async def main(made):
+        share = await find_share(Sharding(0, 1), lambda: 1 << 30, made.filesystem)
+        assert share.files == 4
 
     in_world(tmp_path, main)

@@ -297,6 +297,15 @@ class TestListing:
             in done.stderr
         )
 
+    @pytest.mark.parametrize("path", ["class2", "class2/3.bin"])
+    def test_one_in_which_an_entry_fails_is_an_error(self, tree, slow_source, mountpoint, tmp_path, path):
+        slow = slow_source(tree)
+        slow.fail(path, "lookup")
+        options = ("--scratch", tmp_path / "scratch", "--shard", "0/2")
+        done = run_cachefs("mount", slow.path, mountpoint, *options, check=False)
+        assert done.returncode == 1
+        assert "cannot be divided into shards, because it could not be listed: Input/output error" in done.stderr
+
     def test_directories_that_nobody_may_look_into_are_passed_over(self, tree, slow_source, mounted, mountpoint):
         slow = slow_source(tree)
         slow.fail("class2", "readdir", errno="EACCES")
@@ -337,6 +346,17 @@ class TestPromotion:
             assert (ours.path / name).read_bytes() == (tree / name).read_bytes()
         for name in names(theirs.path):
             assert errno_of(os.stat, ours.path / name) == "ENOENT"
+
+    def test_a_part_that_is_promoted_is_not_taken_for_everything(self, tree, mounted, mountpoint, tmp_path):
+        cache = mounted(tree, "--shard", "0/2", "--shard-mode", "view", at=mountpoint, env=PROMOTING)
+        read_all(mountpoint)
+        wait_for(cache, ".")
+        (tmp_path / "at").mkdir()
+        for source in mountpoint, mountpoint / "class1":
+            options = ("--scratch", tmp_path / "scratch2", "--shard", "1/2")
+            done = run_cachefs("mount", source, tmp_path / "at", *options, check=False)
+            assert done.returncode == 1
+            assert f"the source is in the mount at {mountpoint}, which shows shard 0/2 " in done.stderr
 
     def test_a_directory_that_others_keep_files_of_is_not_promoted(self, tree, mounted, mountpoint):
         for path in (tree / "class0").glob("[1-7].bin"):

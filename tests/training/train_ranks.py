@@ -1,9 +1,10 @@
 """Train a small network on several ranks, as torchrun starts them: gradients are averaged over gloo.
 
-    torchrun ... train_ranks.py OWN SHARED
+    torchrun ... train_ranks.py OWN SHARED FIRST
 
-First each rank trains on all files below OWN, in which "{rank}" is its rank; then on its part of those below SHARED, as
-DistributedSampler says. Rank 0 prints one JSON line: the exact losses (`float.hex`) of every rank and step of both.
+Each rank trains on all files below OWN, in which "{rank}" is its rank; and on its part of those below SHARED, as
+DistributedSampler says. FIRST is "own" or "shared". Rank 0 prints one JSON line: the exact losses (`float.hex`) of
+every rank and step of both.
 """
 
 import json
@@ -64,7 +65,7 @@ def train(data, sampler):
 
 
 def main():
-    own, shared = sys.argv[1:]
+    own, shared, first = sys.argv[1:]
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -73,9 +74,10 @@ def main():
     facts = {
         "files": len(mine),
         "classes": mine.classes,
-        "own": train(mine, None),
-        "shared": train(everything, DistributedSampler(everything, seed=3)),
     }
+    samplers = {"own": (mine, None), "shared": (everything, DistributedSampler(everything, seed=3))}
+    for name in sorted(samplers, key=lambda name: name != first):
+        facts[name] = train(*samplers[name])
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, facts)
     if dist.get_rank() == 0:

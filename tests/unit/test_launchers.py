@@ -75,6 +75,9 @@ GRID_ENGINE_ARRAY = {
         ({**SLURM_STEP, **SLURM_ARRAY}, (3, 6), (1, 2)),
         ({**SLURM_STEP, "WORLD_SIZE": "6"}, (3, 6), (1, 2)),
         ({"RANK": "1", "WORLD_SIZE": "4", **SLURM_STEP}, (1, 4), (1, 2)),
+        ({"RANK": "3", "WORLD_SIZE": "6", **SLURM_STEP}, (3, 6), (1, 2)),
+        ({**TORCHRUN, "RANK": "5", "WORLD_SIZE": "6", **SLURM_STEP}, (5, 6), (1, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "1", **SLURM_SCRIPT, **SLURM_ARRAY}, (0, 1), (0, 1)),
         (SLURM_SCRIPT, (0, 1), (0, 1)),
         ({**SLURM_SCRIPT, "SLURM_NTASKS": "1"}, (0, 1), (0, 1)),
         ({**SLURM_SCRIPT, **SLURM_ARRAY}, (2, 5), (0, 1)),
@@ -95,8 +98,23 @@ def test_what_launchers_say(environment, rank, node):
 def test_open_mpi_on_one_node_and_with_one_rank_a_node():
     local = {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
     assert find_part({**OPEN_MPI, **local}, "node") == (6, 12)
+    assert find_part({**OPEN_MPI, **local, "OMPI_MCA_orte_num_nodes": "12"}, "node") == (6, 12)
     local = {"OMPI_COMM_WORLD_LOCAL_RANK": "6", "OMPI_COMM_WORLD_LOCAL_SIZE": "12"}
     assert find_part({**OPEN_MPI, **local}, "node") == (0, 1)
+
+
+@pytest.mark.parametrize(("rank", "local"), [(0, (0, 4)), (3, (3, 4)), (4, (0, 2)), (7, (1, 2))])
+def test_open_mpi_with_other_numbers_of_ranks_on_other_nodes(rank, local):
+    """4 + 2 + 2: each node for itself looks like one of 2, or of 4, that are all alike."""
+    environment = {
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_SIZE": "8",
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(local[0]),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(local[1]),
+        "OMPI_MCA_orte_num_nodes": "3",
+    }
+    with pytest.raises(UsageError, match=r"Open MPI does not say which node.*OMPI_MCA_orte_num_nodes=3"):
+        find_part(environment, "node")
 
 
 class TestParallelEnvironment:
@@ -148,6 +166,9 @@ class TestParallelEnvironment:
         ({"RANK": "1"}, "rank", "RANK=1, no WORLD_SIZE"),
         ({"WORLD_SIZE": "4"}, "rank", "WORLD_SIZE=4, no RANK"),
         ({**SLURM_STEP, "WORLD_SIZE": "4"}, "rank", "WORLD_SIZE=4, no RANK"),
+        ({**SLURM_STEP, "RANK": "0", "WORLD_SIZE": "6"}, "rank", "RANK=0, WORLD_SIZE=6, SLURM_PROCID=3"),
+        ({**OPEN_MPI, "RANK": "0", "WORLD_SIZE": "12"}, "rank", "RANK=0, WORLD_SIZE=12, OMPI_COMM_WORLD_RANK=6"),
+        ({**SLURM_STEP, "RANK": "0", "WORLD_SIZE": "6"}, "node", "RANK=0, WORLD_SIZE=6, SLURM_PROCID=3"),
         ({**TORCHRUN, "LOCAL_RANK": "4"}, "rank", "LOCAL_RANK=4, LOCAL_WORLD_SIZE=4"),
         ({**TORCHRUN, "GROUP_RANK": "2"}, "node", "GROUP_RANK=2, GROUP_WORLD_SIZE=2"),
         ({**TORCHRUN, "RANK": "8"}, "node", "RANK=8, WORLD_SIZE=8"),
@@ -190,6 +211,7 @@ def test_contradictions_name_the_variables(environment, by, names):
             "rank",
             "several tasks, and none of them (SLURM_NTASKS=4, no SLURM_STEP",
         ),
+        ({**SLURM_SCRIPT, "SLURM_NNODES": "4"}, "rank", "several tasks, and none of them (SLURM_NNODES=4"),
         ({**SLURM_SCRIPT, "SLURM_NNODES": "4"}, "node", "several nodes, and none of them (SLURM_NNODES=4"),
         ({**SLURM_ARRAY, "SLURM_ARRAY_TASK_COUNT": "3"}, "rank", "a Slurm array that is a range"),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "node", "Open MPI does not say which node"),
