@@ -6,12 +6,16 @@ Invariants:
 - Each file of the listing is in exactly one shard. All names of one content (hard links) are in the same.
 - The division follows from names, sizes, links, the number of shards and the seed: not from the order of the listing,
   the machine or Python's version. Another seed gives another one.
-- Two shards differ by no more bytes than the largest file has; and where all files are empty, by one file.
+- Two shards differ by no more bytes than the largest file has and a 64th of a shard; and where all files are empty, by
+  one file.
+- A small change of the listing moves few files, where it has many: ranks that list in between agree on the rest.
 - A name that is not in the listing, because it came later, is in the shard that its digest alone says: in one too.
 
-Files go one by one to the shard that has the fewest bytes so far (greedy list scheduling): it gets ahead of the others
-by that file at the most, hence the bound. Large ones go first, by size classes of a factor of two, so that the last
-ones, which are small, even it out; within a class in the order of their digests, which the seed stirs.
+Large files go one by one to the shard that has the fewest bytes so far (greedy list scheduling): it gets ahead of the
+others by that file at the most. The largest go first, by size classes of a factor of two, within a class in the order
+of their digests, which the seed stirs. Once none has more than a 64th of a shard of what is left, that is laid in a row,
+in the order of digests, and cut into stretches with which all shards come to one level. The greedy way for all would be
+a little more even; but there each file moves all that come after it.
 """
 
 from __future__ import annotations
@@ -20,11 +24,14 @@ import heapq
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from hashlib import blake2b
 
 _OTHERS, _CUT, _KEPT = 0, 1, 2
 """What a file is to a share: not in it; in it, but without room in scratch; in it and kept."""
+
+_SMALL = 64
+"""A file of less than this part of a shard is small."""
 
 
 class Listing:
@@ -88,28 +95,48 @@ class Division:
 
     def _deal(self) -> None:
         places = sorted(range(self.count), key=lambda number: blake2b(b"%d" % number, salt=self.salt).digest())
-        heap = [(0, 0, place, number) for place, number in enumerate(places)]  # bytes, files: in order, so a heap
-        sizes, empty = self.sizes, []
-        for at in sorted(self.units(), key=lambda at: -sizes[at].bit_length()):  # stable: by digest within a class
-            if not sizes[at]:
-                empty.append(at)
-                continue
-            size, files, place, number = heap[0]
-            self.owners[at] = number
-            heapq.heapreplace(heap, (size + sizes[at], files + 1, place, number))
-        for size, _, _, number in heap:
-            self.bytes[number] = size
-        fewest = [(files, place, number) for _, files, place, number in heap]
-        heapq.heapify(fewest)
-        for at in empty:  # whoever has the fewest bytes would get all of them
-            files, place, number = fewest[0]
-            self.owners[at] = number
-            heapq.heapreplace(fewest, (files + 1, place, number))
-        for files, _, number in fewest:
-            self.files[number] = files
+        heap = [(0, place) for place in range(self.count)]
+        sizes = self.sizes
+        by_size = sorted(self.units(), key=lambda at: sizes[at].bit_length())  # stable: by digest within a class
+        rest = sum(sizes[at] for at in by_size)
+        while rest and (1 << sizes[by_size[-1]].bit_length()) * _SMALL * self.count > rest:
+            at = by_size.pop()
+            size, place = heap[0]
+            self._give(at, places[place])
+            heapq.heapreplace(heap, (size + sizes[at], place))
+            rest -= sizes[at]
+        self._level(sorted(at for at in by_size if sizes[at]), places, sizes.__getitem__, self.bytes)
+        # by bytes, whoever has the fewest would get all empty ones
+        self._level([at for at in by_size if not sizes[at]], places, lambda _: 1, self.files)
         for at, lead in self.leads.items():
             self.owners[at] = self.owners[lead]
             self.files[self.owners[lead]] += 1
+
+    def _give(self, at: int, number: int) -> None:
+        self.owners[at] = number
+        self.bytes[number] += self.sizes[at]
+        self.files[number] += 1
+
+    def _level(self, row: list[int], places: list[int], weigh: Callable[[int], int], loads: list[int]) -> None:
+        """Give each shard a stretch of the files in a row, by weight, such that those that get any come to one load.
+
+        A file belongs to the stretch that its middle is in.
+        """
+        total = sum(map(weigh, row))
+        fewest = sorted(loads)
+        taking, have = self.count, sum(loads)
+        while taking > 1 and fewest[taking - 1] * taking >= total + have:  # it has the level already
+            taking -= 1
+            have -= fewest[taking]
+        # all in units of 1/taking, in which the level is a whole number
+        stretches = [max(0, total + have - taking * loads[number]) for number in places]
+        place, end, before = 0, stretches[0], 0
+        for at in row:
+            while (2 * before + weigh(at)) * taking >= 2 * end:
+                place += 1
+                end += stretches[place]
+            before += weigh(at)
+            self._give(at, places[place])
 
     def _sum_up(self) -> str:
         summed = blake2b(b"%d" % self.count, digest_size=8, salt=self.salt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 import pytest
@@ -55,13 +55,25 @@ def test_disjoint_and_complete(files, count, seed):
 @FIXED
 @given(LISTINGS, COUNTS, SEEDS)
 def test_balanced(files, count, seed):
-    """By no more than the largest file; what is counted is what there is."""
+    """By no more than the largest file and a 64th of a shard; what is counted is what there is."""
     division = divide(files, count, seed)
     parts = shards(division, files)
     size = dict(files)
     assert division.bytes == [sum(size[path] for path in part) for part in parts]
     assert division.files == [len(part) for part in parts]
-    assert max(division.bytes) - min(division.bytes) <= max(size.values(), default=0)
+    assert_balanced(division, size.values())
+
+
+@FEW
+@given(st.lists(st.integers(1, 50), min_size=600, max_size=1000), st.integers(1, 3), SEEDS)
+def test_balanced_where_files_are_many(sizes, count, seed):
+    files = [(b"%d" % at, size) for at, size in enumerate(sizes)]
+    assert_balanced(divide(files, count, seed), sizes)
+
+
+def assert_balanced(division: Division, sizes: Iterable[int]) -> None:
+    spread = max(division.bytes) - min(division.bytes)
+    assert spread <= max(sizes, default=0) + sum(division.bytes) / (64 * division.count)
 
 
 @FIXED
@@ -108,7 +120,8 @@ def test_one_huge_file_has_a_shard_of_its_own(files, count, seed):
     parts = shards(division, [*rest, (b"huge", 1 << 60)])
     assert {b"huge"} in parts
     others = [size for size in division.bytes if size < 1 << 60]
-    assert max(others) - min(others) <= max((size for _, size in rest), default=0)
+    bound = max((size for _, size in rest), default=0) + sum(others) / 64
+    assert max(others) - min(others) <= bound
 
 
 @FEW
@@ -117,7 +130,7 @@ def test_empty_files_are_dealt_evenly(number, count, seed):
     """Whoever has the fewest bytes would get all of them."""
     files = [(b"%d" % at, 0) for at in range(number)]
     division = divide([*files, (b"large", 5)], count, seed)
-    assert division.files[division.bytes.index(5)] <= number // count + 1
+    assert division.files[division.bytes.index(5)] <= number // count + 2
     division = divide(files, count, seed)
     assert max(division.files) - min(division.files) <= 1
 
@@ -138,7 +151,7 @@ def test_names_of_one_content_go_together_and_count_once(files, count, seed, dat
     assert sorted(path for part in parts for path in part) == sorted(names)
     assert not linked or any(part.issuperset(linked) for part in parts)
     assert sum(division.bytes) == sum(size for _, size in files) - 1000 * max(0, len(linked) - 1)
-    assert max(division.bytes) - min(division.bytes) <= max((size for _, size in files), default=0)
+    assert_balanced(division, [size for _, size in files])
     assert division.files == [len(part) for part in parts]
 
 
@@ -157,11 +170,22 @@ def test_what_is_told_twice_counts_once():
 
 
 def test_the_spread_is_small_where_files_are_many():
-    """Far smaller than the bound: the last files are the smallest."""
-    files = many(5000)
+    files = many(10_000)
     division = divide(files, 8)
-    sizes = sorted(size for _, size in files)
-    assert max(division.bytes) - min(division.bytes) <= sizes[len(sizes) // 10]
+    assert max(division.bytes) - min(division.bytes) <= 0.01 * division.bytes[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("count", [2, 8])
+def test_a_small_change_moves_few_files(seed, count):
+    """Ranks that list before it and after it agree on all others but a few at the ends of stretches."""
+    files = many(20_000)
+    before = divide(files, count, seed)
+    for others in ([*files, (b"new", 200_000)], [(files[0][0], files[0][1] + 1), *files[1:]], files[1:]):
+        after = divide(others, count, seed)
+        owner = dict(zip(after.digests, after.owners, strict=True))
+        moved = sum(owner.get(d, o) != o for d, o in zip(before.digests, before.owners, strict=True))
+        assert moved <= 5 * count
 
 
 class TestFingerprint:
@@ -184,7 +208,7 @@ class TestFingerprint:
     def test_is_the_same_on_every_machine(self):
         """This very value: another would have ranks of two versions of cachefs divide otherwise."""
         files = [(b"class%d/%d.jpg" % (at % 7, at), at * at % 1000) for at in range(500)]
-        assert divide(files, 4, 42).fingerprint == "fe85cd402f3b3ea7"
+        assert divide(files, 4, 42).fingerprint == "ebe552f12fe2efcf"
 
     def test_is_the_same_in_another_process_with_other_hashes(self):
         script = (
