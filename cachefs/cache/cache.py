@@ -58,6 +58,8 @@ class Cache:
         self._metrics = metrics
         self.keeps: Callable[[bytes], bool] | None = None
         """Which files, by path, may be fetched; None for all. Another is a hit where another mount has fetched it."""
+        self.is_extra: Callable[[bytes], bool] = lambda _: False
+        """Which of them are beside the mount's shard, and give way to what is in it."""
 
     async def open(self, path: bytes, attributes: bytes) -> OpenFile:
         """Open the regular file `path` in the version of its packed `attributes`.
@@ -155,7 +157,7 @@ class Cache:
         earlier = self._changed(name, version) if is_changed else self._earlier(name)
         tier: Tier | None = self._capacity
         if earlier is None:
-            tier = await self._tiers.try_reserve(size_of(version))
+            tier = await self._tiers.try_reserve(size_of(version), is_extra=self.is_extra(path))
         if tier is None:
             return None
         fetch = self._fetches.get(name)

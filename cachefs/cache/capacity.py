@@ -2,10 +2,10 @@
 
 Invariants:
 - Nothing is written that was not reserved before; see the ledger for what a reservation guarantees.
-- What goes first: copies of superseded versions; then files of datasets that no live mount uses; then what was fetched
-  ahead and not opened yet; then, under `lru`, and under `auto` while that is better, this dataset's least recently
-  used. Files of other live datasets, and files that are open, stay. For a file that is fetched ahead only the first two
-  go.
+- What goes first: copies of superseded versions; then files of datasets that no live mount uses; then, for a file of
+  the mount's shard, what is in no live mount's; then what was fetched ahead and not opened yet; then, under `lru`, and
+  under `auto` while that is better, this dataset's least recently used. Files of other live datasets, and files that
+  are open, stay. For a file that is fetched ahead only the first three go.
 - The file system keeps RESERVED_SHARE of its space free, whatever the capacity says.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 import trio
@@ -35,6 +35,13 @@ _BATCH_BYTES = 64 * 1024 * 1024
 """Evicting makes room for up to this much more (or 1% of the capacity), so that not every fetch has to evict."""
 _BATCH_FILES = 200
 _ASK_AGAIN_SECONDS = 10.0
+_ROWS_A_SECOND = 20_000
+"""Of the index, that are looked at again and again for one that may go: a few percent of a processor."""
+
+FindSpare = Callable[[], Callable[[bytes], bool] | None]
+"""Gives what says of a path whether no live mount is to keep it; None while that is not known."""
+Row = tuple[bytes, str, int, int]
+"""(name, boot, size, last use), the latter to ask for those after it."""
 
 
 class CapacityKeeper(Tier):
@@ -69,7 +76,9 @@ class CapacityKeeper(Tier):
         self.above_bytes = 0
         """What tiers above hold beside it."""
         self._evicting = trio.Lock()
-        self._nothing_unused_until = -math.inf
+        self._nothing_unused_until = self._nothing_spare_until = -math.inf
+        self._spare_after, self._spare_looked = -1, 0
+        self.find_spare: FindSpare = lambda: None
 
     def note_open(self, name: bytes, size: int, *, is_hit: bool) -> None:
         """A file was opened, wherever its bytes come from."""
@@ -101,10 +110,15 @@ class CapacityKeeper(Tier):
         most = self.stored()[0] + max(0, int(available - RESERVED_SHARE * total))
         return min(self.size, most) + self.above_bytes
 
-    async def reserve(self, size: int, *, ahead: bool = False) -> bool:
+    async def held_by_others(self) -> int:
+        """Bytes of the other datasets that live mounts use: they stay. Raises OSError."""
+        others = [dataset for dataset in self._live_datasets() if dataset != self._residency.dataset]
+        return await self._index.run(("bytes_of", others), what="index") if others else 0
+
+    async def reserve(self, size: int, *, ahead: bool = False, is_extra: bool = False) -> bool:
         """Reserve `size` bytes, evicting if that helps. False if there is no room: serve from the source.
 
-        `ahead`: nobody has asked for the file yet.
+        `ahead`: nobody has asked for the file yet; `is_extra`: it is beside the mount's shard.
         """
         if size > self.size or self.is_suspended:
             return False
@@ -114,14 +128,14 @@ class CapacityKeeper(Tier):
         async with self._evicting:
             while not self._try(size):
                 extra = min(int(self.size * _BATCH_SHARE), _BATCH_BYTES)
-                if not await self._evict(size + extra, ahead):
+                if not await self._evict(size + extra, ahead, is_extra):
                     return False
         return True
 
-    async def try_reserve(self, size: int, *, ahead: bool = False) -> bool:
+    async def try_reserve(self, size: int, *, ahead: bool = False, is_extra: bool = False) -> bool:
         """The same, and False where evicting failed."""
         try:
-            return await self.reserve(size, ahead=ahead)
+            return await self.reserve(size, ahead=ahead, is_extra=is_extra)
         except OSError as error:
             log.warning("no room could be made error=%r", error.strerror)
             return False
@@ -136,7 +150,7 @@ class CapacityKeeper(Tier):
         available, total = self.storage.space()
         return self._ledger.reserve(size, self.size, available - RESERVED_SHARE * total)
 
-    async def _evict(self, size: int, ahead: bool) -> bool:
+    async def _evict(self, size: int, ahead: bool, is_extra: bool) -> bool:
         """Evict up to `size` bytes, or whatever can be. False if nothing could be."""
         superseded = self._residency.take_superseded()
         if superseded:
@@ -146,6 +160,8 @@ class CapacityKeeper(Tier):
                 return True
         try:
             if await self._evict_unused(size):
+                return True
+            if not is_extra and await self._evict_spare(size):
                 return True
         except OSError as error:
             log.warning("unused files not evicted error=%r", error.strerror)
@@ -161,13 +177,51 @@ class CapacityKeeper(Tier):
         """Evict files of datasets that no live mount uses."""
         if trio.current_time() < self._nothing_unused_until:
             return False
-        after, freed = -1, 0
+
+        async def find(after: int) -> list[Row]:
+            rows: list[Row] = await self._index.run(("unused", list(self._live_datasets()), after), what="index")
+            return rows
+
+        freed, after = await self._evict_found(size, find, -1)
+        if after is None:
+            # asking the index at every open of a full cache would cost more than it could give
+            self._nothing_unused_until = trio.current_time() + _ASK_AGAIN_SECONDS
+        return freed > 0
+
+    async def _evict_spare(self, size: int) -> bool:
+        """Evict files of this dataset that no live mount is to keep: of earlier shards, or taken in beside the own."""
+        if trio.current_time() < self._nothing_spare_until:
+            return False
+        is_spare = self.find_spare()
+        if is_spare is None:
+            return False
+
+        async def find(after: int) -> list[Row]:
+            while rows := await self._index.run(("used_before", self._residency.dataset, after), what="index"):
+                self._spare_looked += len(rows)
+                spare = [(name, boot, length, used) for name, boot, length, used, path in rows if is_spare(path)]
+                if spare:
+                    return spare
+                after = rows[-1][3]
+            return []
+
+        freed, after = await self._evict_found(size, find, self._spare_after)
+        if after is None:  # each file is looked at once in a round
+            pause = max(_ASK_AGAIN_SECONDS, self._spare_looked / _ROWS_A_SECOND)
+            self._nothing_spare_until = trio.current_time() + pause
+            after, self._spare_looked = -1, 0
+        self._spare_after = after
+        return freed > 0
+
+    async def _evict_found(
+        self, size: int, find: Callable[[int], Awaitable[Sequence[Row]]], after: int
+    ) -> tuple[int, int | None]:
+        """Evict up to `size` bytes of what `find` has after a last use: (bytes freed, where to go on; None: done)."""
+        freed = 0
         while freed < size:
-            rows = await self._index.run(("unused", list(self._live_datasets()), after), what="index")
+            rows = await find(after)
             if not rows:
-                # asking the index at every open of a full cache would cost more than it could give
-                self._nothing_unused_until = trio.current_time() + _ASK_AGAIN_SECONDS
-                break
+                return freed, None
             chosen: list[tuple[bytes, str, int]] = []
             wanted = size - freed
             for name, boot, length, used in rows:
@@ -178,7 +232,7 @@ class CapacityKeeper(Tier):
                 after = used
             got, _ = await self._remove(chosen)
             freed += got
-        return freed > 0
+        return freed, after
 
     async def _evict_oldest(self, size: int) -> bool:
         """Evict this dataset's least recently used files."""

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from cachefs.cache.storage import NAME_BYTES, Storage
 from cachefs.errors import StorageError
-from cachefs.workers.protocol import Handler
+from cachefs.workers.protocol import PACKET_BYTES, Handler
 
 _before = {name: sys.modules.get(name) for name in ("numpy", "pandas")}
 try:
@@ -39,6 +39,7 @@ BUSY_SECONDS = 60.0
 """How long to wait for another mount's transaction."""
 _ROWS_A_MESSAGE = 1000
 _VICTIMS_A_MESSAGE = 500
+_ROW_BYTES = 150  # in a message, without the path
 
 
 class IndexDamagedError(StorageError):
@@ -238,6 +239,22 @@ class Index:
             (*live, after, limit),
         ).fetchall()
 
+    def used_before(self, dataset: bytes, after: int, limit: int) -> list[tuple[bytes, str, int, int, bytes]]:
+        """(name, boot, size, last use, path) of a dataset's files, as `unused`."""
+        return self._connection.execute(
+            "SELECT name, boot, size, last_used, path FROM files WHERE dataset = ? AND path IS NOT NULL"
+            f" AND {_IS_SOUND} AND last_used > ? ORDER BY last_used LIMIT ?",
+            (dataset, after, limit),
+        ).fetchall()
+
+    def bytes_of(self, datasets: Sequence[bytes]) -> int:
+        """What the files of all these take together."""
+        marks = ",".join("?" * len(datasets))
+        (total,) = self._connection.execute(
+            f"SELECT ifnull(sum(size), 0) FROM files WHERE dataset IN ({marks}) AND {_IS_SOUND}", datasets
+        ).fetchone()
+        return int(total)
+
     def reconcile(self, storage: Storage) -> tuple[int, int]:
         """Make the index agree with what lies in scratch, when no mount uses it; (bytes, files) that are stored.
 
@@ -314,6 +331,8 @@ class IndexHandlers:
             "load": self._guarded(self._load),
             "record": self._guarded(self._record),
             "unused": self._guarded(self._unused),
+            "used_before": self._guarded(self._used_before),
+            "bytes_of": self._guarded(self._bytes_of),
         }
 
     @property
@@ -360,6 +379,21 @@ class IndexHandlers:
     def _unused(self, live: list[bytes], after: int) -> Generator[Any, None, list[tuple[bytes, str, int, int]]]:
         yield from ()
         return self._index.unused(live, after, _VICTIMS_A_MESSAGE)
+
+    def _used_before(
+        self, dataset: bytes, after: int
+    ) -> Generator[Any, None, list[tuple[bytes, str, int, int, bytes]]]:
+        yield from ()
+        rows, room = self._index.used_before(dataset, after, _VICTIMS_A_MESSAGE), PACKET_BYTES // 2
+        for number, row in enumerate(rows):
+            room -= len(row[4]) + _ROW_BYTES
+            if room < 0:
+                return rows[: max(1, number)]
+        return rows
+
+    def _bytes_of(self, datasets: list[bytes]) -> Generator[Any, None, int]:
+        yield from ()
+        return self._index.bytes_of(datasets)
 
     def close(self) -> None:
         if self._opened is not None:

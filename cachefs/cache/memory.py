@@ -109,7 +109,7 @@ class MemoryTier(Tier):
 
     # What fetches need
 
-    async def try_reserve(self, size: int, *, ahead: bool = False) -> bool:
+    async def try_reserve(self, size: int, *, ahead: bool = False, is_extra: bool = False) -> bool:
         """At once, or not at all."""
         self._asked_at = trio.current_time()
         if size > self._granted or self.is_suspended:

@@ -134,6 +134,8 @@ class Prefetch:
         self._fetches = fetches
         self._pace = Pace(fetches, most)
         self._most = most
+        self.is_extra: Callable[[bytes], bool] = lambda _: False
+        """Which files are beside the mount's shard: that there is no room for one of them ends nothing."""
 
     async def fetch_all(
         self, files: trio.MemoryReceiveChannel[File], on_done: Callable[[bytes, int, str], None] | None = None
@@ -164,7 +166,10 @@ class Prefetch:
                     if on_done is not None:
                         for (path, attributes), outcome in zip(batch, outcomes, strict=True):
                             on_done(path, size_of(attributes), outcome)
-                    if FULL in outcomes:
+                    if any(
+                        outcome == FULL and not self.is_extra(path)
+                        for (path, _), outcome in zip(batch, outcomes, strict=True)
+                    ):
                         nursery.cancel_scope.cancel()
 
             for _ in range(self._most):
@@ -194,7 +199,11 @@ class Prefetch:
             size = size_of(version)
             fetch = self._fetches.get(name)
             if fetch is None:
-                tier = await self._tiers.try_reserve(size, ahead=True)
+                is_extra = self.is_extra(path)
+                tier = await self._tiers.try_reserve(size, ahead=True, is_extra=is_extra)
+                if tier is None and is_extra:
+                    outcomes[number] = FULL
+                    continue
                 if tier is None:
                     outcomes[number:] = [FULL] * (len(batch) - number)
                     break

@@ -13,7 +13,7 @@ Invariants:
 
 Large files go one by one to the shard that has the fewest bytes so far (greedy list scheduling): it gets ahead of the
 others by that file at the most. The largest go first, by size classes of a factor of two, within a class in the order
-of their digests, which the seed stirs. Once none has more than a 64th of a shard of what is left, that is laid in a row,
+of their digests, which the seed stirs. Once none has more than a 64th of a shard of what is left, this is put in a row,
 in the order of digests, and cut into stretches with which all shards come to one level. The greedy way for all would be
 a little more even; but there each file moves all that come after it.
 """
@@ -84,6 +84,12 @@ class Division:
     def units(self) -> Iterable[int]:
         """The positions of what goes to a shard on its own: all but the further names of a content."""
         return (at for at in range(len(self.digests)) if at not in self.leads)
+
+    def owner(self, path: bytes) -> int:
+        """The number of the shard that a file is in."""
+        digest, digests = _digest(self.salt, path), self.digests
+        at = bisect_left(digests, digest)
+        return self.owners[at] if at < len(digests) and digests[at] == digest else digest % self.count
 
     def _lead_of_each_name(self, contents: Iterable[list[int]]) -> dict[int, int]:
         """Of the further names of each content, by position: the position of the first, with which they go."""
@@ -190,6 +196,10 @@ class Share:
     def keeps(self, path: bytes) -> bool:
         """Whether a file is in the share and is kept in scratch. Some 2 us."""
         return self._mark(path) == _KEPT
+
+    def is_extra(self, path: bytes) -> bool:
+        """Whether a file is of another shard."""
+        return self.division.owner(path) != self.number
 
     def _mark(self, path: bytes) -> int:
         digest, digests = _digest(self.division.salt, path), self.division.digests

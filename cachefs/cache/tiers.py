@@ -37,8 +37,11 @@ class Tier(ABC):
         self._suspended_until = -math.inf
 
     @abstractmethod
-    async def try_reserve(self, size: int, *, ahead: bool = False) -> bool:
-        """Reserve `size` bytes; False if there is no room. `ahead`: nobody has asked for the file yet."""
+    async def try_reserve(self, size: int, *, ahead: bool = False, is_extra: bool = False) -> bool:
+        """Reserve `size` bytes; False if there is no room.
+
+        `ahead`: nobody has asked for the file yet; `is_extra`: it is beside the mount's shard.
+        """
 
     @abstractmethod
     def keep(self, name: bytes, path: bytes, version: bytes, checksum: bytes) -> None:
@@ -104,10 +107,10 @@ class Tiers:
     def __getitem__(self, number: int) -> Tier:
         return next(tier for tier in self.all if tier.number == number)
 
-    async def try_reserve(self, size: int, *, ahead: bool = False) -> Tier | None:
+    async def try_reserve(self, size: int, *, ahead: bool = False, is_extra: bool = False) -> Tier | None:
         """The tier that has reserved `size` bytes; None if no one has room: serve from the source."""
         for tier in self.all:
-            if await tier.try_reserve(size, ahead=ahead):
+            if await tier.try_reserve(size, ahead=ahead, is_extra=is_extra):
                 return tier
         return None
 

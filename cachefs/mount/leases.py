@@ -26,7 +26,8 @@ _NEW = "new-"
 class LeaseRecord:
     """Who holds a lease. `process_started` is in seconds since the epoch, as psutil tells it.
 
-    `shard` and `division` are those of config.Sharding, `fingerprint` that of the division, once it is known.
+    `shard` and `division` are those of config.Sharding; `fingerprint` that of the division, and `shard_bytes` what the
+    shard has, once they are known.
     """
 
     id: str
@@ -39,6 +40,7 @@ class LeaseRecord:
     shard: str = ""
     division: str = ""
     fingerprint: str = ""
+    shard_bytes: int = 0
 
 
 class Lease:

@@ -60,16 +60,17 @@ class Membership:
         """The datasets of all live mounts of this scratch."""
         return [bytes.fromhex(record.dataset) for record in self.live()]
 
-    def declare(self, fingerprint: str) -> None:
-        """Say in the lease how this mount divides the source. In a thread: it waits for scratch's lock. Raises OSError.
+    def declare(self, fingerprint: str, shard_bytes: int) -> None:
+        """Say in the lease how this mount divides the source, and the size of its shard. Raises OSError.
 
-        It opens scratch anew, for a lock that this very process holds would be no obstacle, and be gone afterwards.
+        In a thread: it waits for scratch's lock. It opens scratch anew, for a lock that this very process holds would
+        be no obstacle, and be gone afterwards.
         """
         fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._scratch.fd)
         try:
             with scratch_lock(fd):
                 if not self._has_left:
-                    self.record = replace(self.record, fingerprint=fingerprint)
+                    self.record = replace(self.record, fingerprint=fingerprint, shard_bytes=shard_bytes)
                     self._lease.renew(self.record)
         finally:
             os.close(fd)

@@ -207,8 +207,9 @@ async def _serve(
         declared = None
         if settings.sharding is not None:
             async with _starting(signals, on_starting):
-                share = await take_share(settings.sharding, keeper.room, filesystem, cache, read_through)
+                share = await take_share(settings.sharding, keeper, filesystem, cache, prefetch, read_through)
             declared = DeclaredShare(settings.sharding, share, keeper.room(), membership)
+            keeper.find_spare = declared.find_spare
             nursery.start_soon(declared.declare)
         if settings.prefetch == "auto":
             filesystem.on_miss = read_through.note_miss

@@ -12,12 +12,14 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
 
 from cachefs.cache.cache import Cache
+from cachefs.cache.capacity import CapacityKeeper
+from cachefs.cache.prefetch import Prefetch
 from cachefs.cache.shards import Division, Listing, Share
 from cachefs.config import Sharding, format_size
 from cachefs.errors import ShardError, describe
@@ -31,7 +33,7 @@ from cachefs.source.attributes import Attributes
 
 log = logging.getLogger(__name__)
 
-_PASSED_OVER = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EACCES, errno.EPERM)
+_PASSED_OVER = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)
 """What has gone while it was listed, and what nobody may look into: no rank has it."""
 
 NO_SHARD: dict[str, Any] = {
@@ -68,27 +70,42 @@ def check_undivided(source_fd: int) -> None:
 
 
 async def take_share(
-    sharding: Sharding, room: Callable[[], int], filesystem: FileSystem, cache: Cache, read_through: ReadThrough
+    sharding: Sharding,
+    capacity: CapacityKeeper,
+    filesystem: FileSystem,
+    cache: Cache,
+    prefetch: Prefetch,
+    read_through: ReadThrough,
 ) -> Share:
-    """Find the share, and have the mount show, or keep, that alone from now on. Raises ShardError.
+    """Find the share, and have the mount show, or keep, that alone from now on. Raises ShardError."""
 
-    `room` is asked for when the listing is there: how many bytes scratch can hold.
-    """
+    async def room() -> int:
+        try:
+            return capacity.room() - await capacity.held_by_others()
+        except OSError as error:
+            log.warning("not known what other datasets hold error=%r", describe(error))
+            return capacity.room()
+
     began = time.monotonic()
     share = await find_share(sharding, room, filesystem)
     cache.keeps = read_through.wants = share.keeps
+    if sharding.fill:
+        cache.is_extra = prefetch.is_extra = share.is_extra
     if sharding.mode == "view":
         await filesystem.show_only(share.has)
     log.info("shard %s files=%d bytes=%d seconds=%.1f", sharding, share.files, share.bytes, time.monotonic() - began)
     return share
 
 
-async def find_share(sharding: Sharding, room: Callable[[], int], filesystem: FileSystem) -> Share:
-    """List the source and divide it; the share, made to fit the room as `sharding` says. Raises ShardError."""
+async def find_share(sharding: Sharding, room: Callable[[], Awaitable[int]], filesystem: FileSystem) -> Share:
+    """List the source and divide it; the share, made to fit the room as `sharding` says. Raises ShardError.
+
+    `room` is asked when the listing is there: how many bytes scratch can hold.
+    """
     listing = await _list(sharding, filesystem)
     division = await trio.to_thread.run_sync(Division, listing, sharding.count)
     share = Share(division, sharding.number)
-    _fit(sharding, share, room())
+    _fit(sharding, share, await room())
     return share
 
 
@@ -103,9 +120,10 @@ class DeclaredShare:
 
     async def declare(self) -> None:
         """Put it into the lease, and say in the log what does not go together with others. Waits for scratch's lock."""
-        fingerprint = self._share.division.fingerprint
+        division = self._share.division
+        said = division.fingerprint, division.bytes[self._sharding.number]
         try:
-            await trio.to_thread.run_sync(self._membership.declare, fingerprint, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(self._membership.declare, *said, abandon_on_cancel=True)
         except OSError as error:
             log.warning("other mounts do not hear of this shard error=%r", describe(error))
         for warning in self.warnings():
@@ -128,28 +146,23 @@ class DeclaredShare:
         }
 
     def warnings(self) -> list[str]:
-        """What does not go together with the live mounts of this scratch that divide the same source alike."""
+        """What does not go together with other live mounts: the listings of those that divide the same source alike,
+        and that are of this scratch or show here; the shards of those of this scratch."""
         ours, division = self._membership.record, self._share.division
-        try:
-            live = self._membership.live()
-        except OSError:  # somebody has removed scratch
-            live = []
-        alike = [
-            record
-            for record in live
-            if (record.dataset, record.division) == (ours.dataset, ours.division) and record.fingerprint
-        ]
+        live = [record for record in self._live() if record.fingerprint]
+        seen = {record.id: record for record in (*_live_elsewhere(), *live) if record.id != ours.id}
         found: list[str] = []
-        for other in alike:
-            if other.fingerprint != division.fingerprint:
+        for other in seen.values():
+            is_alike = (other.dataset, other.division) == (ours.dataset, ours.division)
+            if is_alike and other.fingerprint not in ("", division.fingerprint):
                 found.append(
                     f"the source was listed otherwise by the mount of shard {other.shard} at {other.mountpoint} "
                     f"(fingerprint {other.fingerprint}, here {division.fingerprint}): some files may be in no shard or "
                     "in two; mount all ranks anew while the source does not change"
                 )
-        numbers = {_number(record) for record in alike}
-        needed = sum(division.bytes[number] for number in numbers)
-        if len(numbers) > 1 and needed > self._room:
+        shards = {(record.dataset, record.division, _number(record)): record.shard_bytes for record in live}
+        needed = sum(shards.values())
+        if len(shards) > 1 and needed > self._room:
             found.append(
                 f"the shards of the mounts of this scratch take {format_size(needed)} together, and it has room for "
                 f"{format_size(self._room)}: the rest is read from the source"
@@ -160,6 +173,29 @@ class DeclaredShare:
                 "because scratch has no room for them: they are read from the source"
             )
         return found
+
+    def find_spare(self) -> Callable[[bytes], bool] | None:
+        """What says of a path whether it is in no live mount's shard; None where some have others, or everything."""
+        ours, division = self._membership.record, self._share.division
+        live = [record for record in self._live() if record.dataset == ours.dataset]
+        if any(
+            record.division != ours.division or record.fingerprint not in ("", division.fingerprint) for record in live
+        ):
+            return None
+        numbers = {self._sharding.number, *map(_number, live)}
+        return lambda path: division.owner(path) not in numbers
+
+    def _live(self) -> list[LeaseRecord]:
+        """Of the mounts of this scratch."""
+        try:
+            return self._membership.live()
+        except OSError:  # somebody has removed scratch
+            return []
+
+
+def _live_elsewhere() -> list[LeaseRecord]:
+    """The leases of the live mounts that show here, whatever their scratch: on other disks, say."""
+    return [record for mount in read_mounts() if (record := live_lease(mount)) is not None]
 
 
 async def _list(sharding: Sharding, filesystem: FileSystem) -> Listing:

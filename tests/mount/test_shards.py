@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
+import sqlite3
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from cachefs.cache.shards import Division, Listing, Share
 from tests.conftest import needs_root
 from tests.harness import CACHEFS, MountedCache, clean_environment, run_cachefs, wait_until
 from tests.mount.observing import counters, errno_of, opens, stored_bytes, stored_files
@@ -244,14 +248,88 @@ class TestRoom:
         for cache in (first, second):
             wait_until(lambda cache=cache: "together" in str(counters(cache)["shard_warnings"]), "both say so")
 
+    def test_shards_of_two_sources_that_do_not_fit_together_are_warned_of(self, tree, mounted, tmp_path):
+        caches = []
+        room = size_of(tree, names(tree)) * 3 // 4
+        for number, source in enumerate((tree, copy_of(tree, tmp_path / "other"))):
+            (place := tmp_path / f"at{number}").mkdir()
+            caches.append(mounted(source, "--shard", "0/2", "--capacity", room, at=place))
+        first, second = caches
+        second.must_log("shards of the mounts of this scratch take")
+        first.expect_log("shards of the mounts of this scratch take")
+        wait_until(lambda: "together" in str(counters(first)["shard_warnings"]), "the first says so too")
+
+    def test_what_another_live_dataset_holds_is_no_room(self, tree, mounted, mountpoint, tmp_path):
+        total = size_of(tree, names(tree))
+        (tmp_path / "at").mkdir()
+        options = ("--capacity", total * 4 // 3, "--prefetch", "all")
+        other = mounted(copy_of(tree, tmp_path / "other"), *options, at=tmp_path / "at")
+        wait_until(lambda: counters(other)["indexed_files"] == FOLDERS * FILES, "all of it is fetched")
+        wait_until(lambda: len(rows_of(other.scratch)) == FOLDERS * FILES, "and recorded")
+        shard = ("--shard", "0/2", "--capacity", total * 4 // 3)
+        done = run_cachefs("mount", tree, mountpoint, "--scratch", other.scratch, *shard, check=False)
+        assert done.returncode == 1
+        assert re.search(r"shard 0/2 has \S+ KiB in \d+ files, and scratch has room for \S+ KiB", done.stderr)
+
+    @pytest.mark.parametrize("prefetch", ["all", "off"])
+    def test_earlier_shards_give_way(self, tree, mounted, mountpoint, prefetch):
+        """A scratch that is kept from job to job: what no live mount's shard has is the first to go."""
+        capacity = size_of(tree, names(tree)) * 3 // 10
+        for number in range(4):
+            options = ("--shard", f"{number}/4", "--shard-mode", "view", "--capacity", capacity, "--prefetch", prefetch)
+            cache = mounted(tree, *options, at=mountpoint)
+            read_all(mountpoint)
+            files = counters(cache)["shard_files"]
+            wait_until(lambda cache=cache, files=files: counters(cache)["fetches"] == files, "all of it is fetched")
+            read_all(mountpoint)
+            assert opens(cache)[2] == 0, "nothing is read through"
+            cache.unmount()
+
+    def test_what_a_shard_has_grown_by_gives_way_to_others(self, tree, mounted, tmp_path):
+        options = ("--shard-fill", "--capacity", size_of(tree, names(tree)) * 6 // 10)
+        places = [tmp_path / "first", tmp_path / "second"]
+        for place in places:
+            place.mkdir()
+        first = mounted(tree, *options, "--shard", "2/4", "--prefetch", "all", at=places[0])
+        files = counters(first)["shard_files"]
+        wait_until(lambda: len(rows_of(first.scratch)) == files, "all that it has grown to is fetched")
+        second = mounted(tree, *options, "--shard", "0/4", "--prefetch", "off", at=places[1])
+        own = Share(division_of(tree, 4), 0)
+        for name in names(tree):
+            if own.has(os.fsencode(name)):
+                (places[1] / name).read_bytes()
+        assert opens(second)[1], "something had to be fetched"
+        assert not opens(second)[2], "and nothing is read through"
+
+
+def copy_of(tree: Path, place: Path) -> Path:
+    shutil.copytree(tree, place, symlinks=True)
+    return place
+
+
+def rows_of(scratch: Path) -> list[object]:
+    with closing(sqlite3.connect(f"file:{scratch}/index.db?mode=ro", uri=True)) as index:
+        return index.execute("SELECT name FROM files").fetchall()
+
+
+def division_of(tree: Path, count: int) -> Division:
+    listing = Listing(0)
+    for name in names(tree):
+        listing.add(os.fsencode(name), (tree / name).stat().st_size)
+    return Division(listing, count)
+
 
 class TestListing:
-    def test_one_that_changes_between_ranks_is_said(self, tree, mounted, tmp_path):
+    @pytest.mark.parametrize("by", ["rank", "disk"])
+    def test_one_that_changes_between_ranks_is_said(self, tree, mounted, tmp_path, by):
+        """Also where each disk has a scratch of its own."""
         caches = []
         for number in range(2):
             place = tmp_path / f"shard{number}"
             place.mkdir()
-            caches.append(mounted(tree, "--shard", f"{number}/2", at=place))
+            scratch = tmp_path / (f"scratch{number}" if by == "disk" else "scratch")
+            options = ("--shard", f"{number}/2", "--shard-by", by)
+            caches.append(mounted(tree, *options, at=place, scratch=scratch))
             (tree / "class0" / "0.bin").write_bytes(b"changed" * 3)
         first, second = caches
         first.expect_log("the source was listed otherwise")
