@@ -154,6 +154,8 @@ class Cache:
     async def _start_fetch(self, name: bytes, path: bytes, version: bytes, *, is_changed: bool) -> Fetch | None:
         """The fetch of a file that is not resident, a new one or somebody else's; None if there is no room."""
         self._residency.supersede(name)
+        if self._memory is not None:
+            self._memory.supersede(name)
         earlier = self._changed(name, version) if is_changed else self._earlier(name)
         tier: Tier | None = self._capacity
         if earlier is None:

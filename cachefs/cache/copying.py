@@ -21,7 +21,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import xxhash
@@ -78,8 +78,12 @@ def checksum_of(fd: int) -> bytes:
 class CopyHandlers:
     """The handlers of one worker process."""
 
-    def __init__(self, tree: SourceTree, storages: Sequence[Storage]) -> None:
-        """`storages` are scratch's and those of other tiers, by their numbers."""
+    def __init__(
+        self, tree: SourceTree, storages: Sequence[Storage], memory_room: Callable[[], int] = lambda: 1
+    ) -> None:
+        """`storages` are scratch's and those of other tiers, by their numbers; `memory_room` is below 0 where memory is
+        needed otherwise."""
+        self._memory_room = memory_room
         self._tree = tree
         self._storages = storages
         self._storage = storages[SCRATCH]
@@ -98,8 +102,9 @@ class CopyHandlers:
         pause = _FIRST_PAUSE
         frontier, moved_at = -1, time.monotonic()
         while (lock := self._storage.stage(name)) is None:
-            if self._storage.frontier(name) > frontier:
-                frontier, moved_at = self._storage.frontier(name), time.monotonic()
+            reached = max(storage.frontier(name) for storage in self._storages)  # whatever tier it goes to
+            if reached > frontier:
+                frontier, moved_at = reached, time.monotonic()
                 yield frontier
             elif time.monotonic() - moved_at > _STANDSTILL_SECONDS:  # the other mount is stopped, say
                 raise StorageError(errno.EBUSY, "another mount's copy stands still", name.hex())
@@ -117,7 +122,7 @@ class CopyHandlers:
                 finally:
                     self._storage.discard_held(name)
             with self._staged(name, lock, tier) as staged:
-                checksum = yield from self._copy(staged, name, path, version)
+                checksum = yield from self._copy(staged, name, path, version, tier)
                 _mark(staged, version)
             return COPIED, checksum, size_of(version)
         finally:
@@ -184,14 +189,14 @@ class CopyHandlers:
         finally:
             os.close(fd)
 
-    def _copy(self, staged: int, name: bytes, path: bytes, version: bytes) -> Generator[int, None, bytes]:
+    def _copy(self, staged: int, name: bytes, path: bytes, version: bytes, tier: int) -> Generator[int, None, bytes]:
         size = size_of(version)
         if size <= SMALL_FILE_BYTES:
             return self._copy_small(staged, name, path, version, size)
         with file_errors(path):
             source, before = open_version(self._tree, path, version)
         try:
-            return (yield from self._copy_large(source, before, staged, name, path, size))
+            return (yield from self._copy_large(source, before, staged, name, path, size, tier))
         finally:
             os.close(source)
 
@@ -210,7 +215,7 @@ class CopyHandlers:
         return xxhash.xxh3_64_digest(data)
 
     def _copy_large(
-        self, source: int, before: bytes, staged: int, name: bytes, path: bytes, size: int
+        self, source: int, before: bytes, staged: int, name: bytes, path: bytes, size: int, tier: int
     ) -> Generator[int, None, bytes]:
         yield 0
         digest = xxhash.xxh3_64()
@@ -223,6 +228,8 @@ class CopyHandlers:
                         raise chunk
                     self._check_unchanged(source, before, path, chunk is None or len(chunk) == length)
                 with storage_errors(name):
+                    if tier != SCRATCH and self._memory_room() < 0:
+                        raise OSError(errno.ENOSPC, "the memory is needed otherwise")
                     if chunk is None:
                         os.ftruncate(staged, frontier + length)
                         for start in range(0, length, len(_ZEROS)):
@@ -270,10 +277,10 @@ class CopyHandlers:
             return "on its way"
         try:
             source = origin.open(name)
-            if source is None or self._storages[target].has(name):
-                self._storage.discard_held(name)
-                return FOUND
             try:
+                if source is None or self._storages[target].has(name):
+                    self._storage.discard_held(name)
+                    return FOUND
                 with storage_errors(name), suppress(_NotWhole), self._staged(name, lock, target) as staged:
                     offset, digest = 0, xxhash.xxh3_64()
                     while chunk := os.pread(source, _LARGEST_CHUNK_BYTES, offset):
@@ -286,7 +293,8 @@ class CopyHandlers:
                     return MOVED
                 return DROPPED
             finally:
-                os.close(source)
+                if source is not None:  # with it goes its lock, which would keep the file from being removed for ever
+                    os.close(source)
         finally:
             os.close(lock)
 

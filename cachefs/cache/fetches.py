@@ -260,4 +260,7 @@ class Fetches:
         return result
 
     def _give_back(self, fetch: Fetch) -> None:
+        if isinstance(fetch.error, StorageError) and fetch.error.errno == errno.EBUSY:
+            fetch.tier.release(fetch.size)  # what is staged is another mount's, which has reserved room for it
+            return
         fetch.tier.give_back(fetch.name, fetch.size, self._tiers[SCRATCH].storage)

@@ -116,8 +116,9 @@ class MemoryTier(Tier):
             return False
         if self._ledger.reserve(size, self._granted, self._room()):
             return True
-        self._wanted = max(self._wanted, size)
-        self._woken.set()
+        if not ahead:  # what nobody has asked for has nothing moved for it: scratch might evict for that
+            self._wanted = max(self._wanted, size)
+            self._woken.set()
         return False
 
     def keep(self, name: bytes, path: bytes, version: bytes, checksum: bytes) -> None:
@@ -125,6 +126,13 @@ class MemoryTier(Tier):
         if before is not None and before.name != name:
             self._superseded.append(before.name)
         self._files[name[:KEY_BYTES]] = _Kept(name, path, version, checksum, self._opens)
+
+    def supersede(self, name: bytes) -> None:
+        """The source has `name` now: a copy of another version goes. In scratch it would pass for the latest."""
+        kept = self._files.get(name[:KEY_BYTES])
+        if kept is not None and kept.name != name:
+            del self._files[name[:KEY_BYTES]]
+            self._superseded.append(kept.name)
 
     def note_ahead(self, name: bytes, size: int) -> None:
         """It gives way by moving down."""
@@ -150,6 +158,8 @@ class MemoryTier(Tier):
         elif kept is not None and kept.name == name:
             kept.used = self._opens
             self._files.move_to_end(name[:KEY_BYTES])
+        else:  # another mount has put it here, which may leave before us
+            self.keep(name, path, version, b"")
         self.hits += fd is not None
         return fd
 
@@ -259,8 +269,12 @@ class MemoryTier(Tier):
 
     async def _hand_down(self) -> None:
         """Bring everything to scratch, from where it can be promoted."""
-        while self._files and self.promotes() and trio.current_time() > self._asked_at + _QUIET_SECONDS:
-            if not await self._move_down(self._oldest(_BATCH_BYTES)):
+        tries = len(self._files)  # what is open stays, and becomes the most recently used
+        while tries > 0 and self._files and self.promotes() and trio.current_time() > self._asked_at + _QUIET_SECONDS:
+            batch = self._oldest(_BATCH_BYTES)
+            tries -= len(batch)
+            before = self.moved_down
+            if not await self._move_down(batch) and self.moved_down == before:
                 self._asked_at = math.inf  # there is no room: until something is fetched again
 
     def _taken(self) -> int:
@@ -297,6 +311,7 @@ class MemoryTier(Tier):
                     self._files.move_to_end(key)
                 continue
             has_gone = True
+            self._doubles.discard(kept.name)  # scratch has the only one now
             if is_known:
                 del self._files[key]
             if freed != GONE:  # else another mount has moved it, and taken it off the count
@@ -326,5 +341,6 @@ class MemoryTier(Tier):
         kept = self._files.get(name[:KEY_BYTES])
         if kept is not None and kept.name == name:
             del self._files[name[:KEY_BYTES]]
+        self._doubles.discard(name)
         if self.storage.drop(name, self.storage.boot):
             self.lose(size)

@@ -233,4 +233,4 @@ class Residency:
 
     def _resident(self, name: bytes, record: bytes) -> Resident:
         _, size, checksum, boot = _RECORD.unpack(record)
-        return Resident(name, size, checksum, self._boots[boot])
+        return Resident(name, size, checksum if any(checksum) else b"", self._boots[boot])

@@ -82,7 +82,7 @@ capacity_option = option(
 
 memory_path_option = option(
     "--memory-path",
-    type=nonempty_path,
+    type=lambda text: Path(os.path.realpath(nonempty_path(text))),  # what is compared with scratch and the source
     default=str(config.DEFAULT_MEMORY_PATH),
     metavar="DIR",
     help="A tmpfs for the memory tier [default: /dev/shm]",

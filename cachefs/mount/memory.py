@@ -23,7 +23,7 @@ from cachefs.errors import CachefsError, UsageError
 from cachefs.mount.leases import boot_id
 from cachefs.mount.limits import read_limits
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount
-from cachefs.mount.purge import ScratchInUseError, purge
+from cachefs.mount.purge import ScratchInUseError, is_ours, purge
 
 _CHOOSE = "choose a smaller --memory"
 
@@ -102,7 +102,7 @@ def claim_memory(settings: Settings, scratch: Scratch) -> MemoryPlace | None:
 
 def free_memory(path: Path) -> None:
     """Purge the memory tier at `path`, unless a mount uses it. Raises CachefsError."""
-    if os.path.lexists(path):
+    if is_ours(path):  # what is not is said when it is claimed
         with suppress(ScratchInUseError):
             purge(path)
 

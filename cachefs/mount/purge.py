@@ -108,8 +108,16 @@ def _purge_memory(scratch: Scratch) -> None:
         return
     with open(fd, "rb") as file:
         path = Path(os.fsdecode(file.read()))
-    if os.path.lexists(path):
+    if path.is_absolute() and is_ours(path):  # it is empty where who wrote it was killed, or the disk was full
         purge(path)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a directory of this user with our mark is there: who else may write to a tmpfs may use any name in it."""
+    try:
+        return os.lstat(path).st_uid == os.geteuid() and os.path.lexists(path / MARK)
+    except OSError:
+        return False
 
 
 def _fell_trees(scratch: Scratch, path: Path, here: int) -> None:

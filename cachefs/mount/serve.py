@@ -50,7 +50,7 @@ from cachefs.mount.memory import MemoryPlace
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount, mount_id_of
 from cachefs.mount.promotion import Promotion
 from cachefs.mount.sharding import NO_SHARD, DeclaredShare, take_share
-from cachefs.mount.tiers import JoinedMemory, describe_tiers
+from cachefs.mount.tiers import JoinedMemory, MemoryRoom, describe_tiers
 from cachefs.mount.warming import Warming
 from cachefs.source.client import Source
 from cachefs.source.handlers import SourceHandlers
@@ -111,6 +111,7 @@ def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch, memory: Me
     """Fork the fork server, which takes the source over. The process must have one thread."""
     storage, trees, watch = Storage(scratch.fd, boot_id()), Trees(scratch.fd), WriteWatch()
     storages = [storage] if memory is None else [storage, memory.storage]
+    room = (lambda: 1) if memory is None else MemoryRoom(memory.storage.fds[0])
     lifetime = _directory_lifetime(settings)
     index_path = scratch.path / "index.db"
 
@@ -120,7 +121,7 @@ def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch, memory: Me
             sock,
             {
                 **SourceHandlers(tree).table(),
-                **CopyHandlers(tree, storages).table(),
+                **CopyHandlers(tree, storages, room).table(),
                 **TreeHandlers(tree, storage, trees, mount_id_of, watch).table(),
                 **IndexHandlers(index_path, storage).table(),
             },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,9 @@ class JoinedMemory:
 
     def tier(self, below: CapacityKeeper, residency: Residency, copies: WorkerPool) -> MemoryTier:
         """The tier itself, above `below`."""
-        place, room = self._place, MemoryRoom(self._place.scratch.fd)
-        tier = MemoryTier(
-            place.scratch.path, place.size, self._membership.ledger, place.storage, room, below, residency, copies
-        )
+        place, ledger = self._place, self._membership.ledger
+        room = MemoryRoom(place.scratch.fd, lambda: ledger.stored()[0])
+        tier = MemoryTier(place.scratch.path, place.size, ledger, place.storage, room, below, residency, copies)
         below.above_bytes = tier.size
         return tier
 
@@ -66,10 +66,15 @@ def describe_tiers(
 
 
 class MemoryRoom:
-    """How many bytes more the memory tier may take: called often, it looks seldom. `fd` is in its tmpfs."""
+    """How many bytes more the memory tier may take: called often, it looks seldom. `fd` is in its tmpfs.
 
-    def __init__(self, fd: int) -> None:
+    `stored` says how much is in it: what has come since the last look is taken off.
+    """
+
+    def __init__(self, fd: int, stored: Callable[[], int] = lambda: 0) -> None:
         self._fd = fd
+        self._stored = stored
+        self._stored_then = 0
         self._limit = find_memory_limit(psutil.virtual_memory().total)
         self._looked_at = 0.0
         self._room = 0
@@ -78,8 +83,9 @@ class MemoryRoom:
         now = time.monotonic()
         if now - self._looked_at > _LOOK_SECONDS:
             self._looked_at = now
+            self._stored_then = self._stored()
             self._room = self._look()
-        return self._room
+        return self._room - max(0, self._stored() - self._stored_then)
 
     def _look(self) -> int:
         memory, status = psutil.virtual_memory(), os.fstatvfs(self._fd)

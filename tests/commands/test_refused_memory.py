@@ -105,7 +105,7 @@ def test_somebody_elses_directory(own_place: Place, shm: Path):
     try:
         done = run_cachefs(*arguments, check=False)
         assert done.returncode == 1
-        assert "is not a scratch directory of cachefs" in done.stderr
+        assert "holds files that are not of cachefs" in done.stderr
         assert (victim / "thesis").read_text() == "important"
     finally:
         (victim / "thesis").unlink()

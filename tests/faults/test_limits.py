@@ -165,6 +165,29 @@ def test_a_memory_tier_stays_within_a_limit_of_memory(source, mounted, mountpoin
         assert not Path(memory["path"]).exists()
 
 
+@needs_root
+@pytest.mark.skipif(not os.access(MEMORY_GROUPS / "memory.limit_in_bytes", os.W_OK), reason="no memory cgroups (v1)")
+def test_a_large_file_gives_way_while_it_comes(source, slow_source, mounted, mountpoint):
+    """250 MB come into memory, the job takes 130 MB of its 400 MB meanwhile: it is not killed for that."""
+    (source / "big").write_bytes(os.urandom(250 << 20))
+    slow = slow_source(source, latency=0.001, bandwidth=60e6)
+    script = "import time; x = bytearray(130 << 20); x[::4096] = bytes(len(x) // 4096); time.sleep(6)"
+    with memory_group(400 << 20) as group:
+
+        def enter() -> object:
+            return (group / "cgroup.procs").write_text("0")
+
+        with started_with(enter):
+            cache = mounted(slow.path, "--memory", "300M", at=mountpoint)
+        cache.expect_log("fetch failed|needed otherwise")
+        with open(mountpoint / "big", "rb", buffering=0) as file:
+            file.read(1000)
+            job = subprocess.run([sys.executable, "-c", script], preexec_fn=enter, check=False)
+        assert job.returncode == 0
+        assert "oom_kill 0" in (group / "memory.oom_control").read_text()
+        cache.unmount()
+
+
 _CROWD = """
 import os, random, sys, threading
 mountpoint, backing, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])

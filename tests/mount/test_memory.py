@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
+from cachefs.cache.ledger import Ledger
 from cachefs.config import Settings
 from cachefs.mount.memory import memory_path
 from tests.conftest import needs_root
@@ -392,3 +395,183 @@ until cat {source}/0 > /dev/null 2>&1; do sleep 0.01; done
     assert not place.exists()
     assert scratch.exists()
     run_cachefs("purge", "--scratch", scratch)
+
+
+def test_what_is_hot_and_of_another_mount_moves_up(files, tier, mounted, source, tmp_path):
+    """This mount does not know its checksum."""
+    files(11)
+    other = tmp_path / "other"
+    other.mkdir()
+    cache = tier(60, 60)
+    read(cache, 10)
+    read(mounted(source, at=other), *range(10))
+    for _ in range(5):
+        read(cache, *range(10))
+    wait_until(lambda: tiers(cache)[1]["files"] == 0, "all have moved up")
+    assert tiers(cache)[0]["files"] == 11
+    assert counters(cache)["fetches"] == 1
+
+
+def test_a_large_file_that_another_mount_fetches(memory, slow_source, source, mounted, mountpoint, tmp_path):
+    """Who waits for it sees it come, and nothing stays reserved."""
+    data = os.urandom(30 << 20)
+    (source / "big").write_bytes(data)
+    slow = slow_source(source, latency=0.001, bandwidth=2e6)
+    other = tmp_path / "other"
+    other.mkdir()
+    sizes = ("--memory", "100M", "--memory-path", memory)
+    one, two = (mounted(slow.path, *sizes, at=path) for path in (mountpoint, other))
+    with open(mountpoint / "big", "rb", buffering=0) as first, open(other / "big", "rb", buffering=0) as second:
+        assert first.read(1000) == data[:1000]
+        began = time.monotonic()
+        assert second.read(1000) == data[:1000]
+        assert time.monotonic() - began < 5
+        wait_until(lambda: counters(one)["fetches"] == 1, "it is fetched", 60)
+    assert counters(two)["fetch_errors"] == counters(two)["fetches"] == 0
+    place = os.open(tiers(one)[0]["path"], os.O_RDONLY)
+    ledger = Ledger(place, "", "")
+    wait_until(lambda: ledger.reserved() == 0, "nothing is reserved")
+    assert ledger.stored() == (len(data), 1)
+    ledger.close()
+    os.close(place)
+
+
+@pytest.mark.parametrize("what", ["nothing", "another user's"])
+def test_a_purge_without_the_tier(what, files, tier):
+    """Of a scratch whose note of it is empty, or where somebody else has put something in its place."""
+    files(1)
+    cache = tier(10, 10)
+    read(cache, 0)
+    place = Path(tiers(cache)[0]["path"])
+    cache.unmount()
+    if what == "nothing":
+        (cache.scratch / "memory").write_bytes(b"")
+        run_cachefs("purge", "--scratch", cache.scratch, cwd=cache.scratch)
+    elif os.geteuid():
+        pytest.skip("giving away takes root")
+    else:
+        place.mkdir()
+        os.chown(place, 12345, 12345)
+        run_cachefs("purge", "--scratch", cache.scratch)
+        place.rmdir()
+    assert not cache.scratch.exists()
+
+
+def test_warming_moves_nothing(files, tier):
+    """What is fetched ahead takes free room alone: nothing moves down, and is evicted below, for it."""
+    files(60)
+    cache = tier(10, 30, "--policy", "lru")
+    read_until_full(cache, 10, 30)
+    time.sleep(2)  # what was asked for may still have something moved for it
+    before = counters(cache)["evictions"], tiers(cache)[0]["moved_down"]
+    for _ in range(5):
+        run_cachefs("warm", cache.path, check=False)
+    time.sleep(1.5)
+    assert (counters(cache)["evictions"], tiers(cache)[0]["moved_down"]) == before
+
+
+def test_an_old_version_does_not_move_down(files, tier, source):
+    """Where the new one has found no room in memory."""
+    files(30)
+    cache = tier(10, 12, "--policy", "hold", "--metadata-ttl", "0")
+    read(cache, *range(10))
+    data = random.Random(100).randbytes(SIZE)
+    (source / "0").write_bytes(data)
+    assert (cache.path / "0").read_bytes() == data
+    time.sleep(1.5)
+    read(cache, 10)
+    time.sleep(1.5)
+    read(cache, *range(11, 30))
+    time.sleep(1.5)
+    fetches = counters(cache)["fetches"]
+    assert (cache.path / "0").read_bytes() == data
+    assert counters(cache)["fetches"] == fetches
+    assert counters(cache)["evictions"] == 0
+
+
+@needs_root
+def test_promotion_beside_an_open_file(memory, files, source, mounted, mountpoint):
+    """The least recently used one is open, and fills a batch alone."""
+    files(20)
+    (source / "big").write_bytes(os.urandom(20 << 20))
+    sizes = ("--memory", "60M", "--memory-path", memory)
+    cache = mounted(source, *sizes, at=mountpoint, env={"CACHEFS_NO_PROMOTE": "0"})
+    os.listdir(mountpoint)
+    with open(mountpoint / "big", "rb") as held:
+        held.read()
+        read(cache, *range(20))
+        wait_until(lambda: counters(cache)["promoted_files"] == 21, "all is promoted", 30)
+
+
+@pytest.mark.parametrize("target", ["disk", "scratch", "source"])
+def test_a_link_to_what_is_not_in_memory(target, source, mountpoint, memory, tmp_path):
+    (tmp_path / target).mkdir(exist_ok=True, mode=0o700)
+    link = memory / "link"
+    link.symlink_to(tmp_path / target)
+    options = ("--scratch", tmp_path / "scratch", "--memory", "1M", "--memory-path", link)
+    done = run_cachefs("mount", source, mountpoint, *options, check=False)
+    link.unlink()
+    if not done.returncode:
+        run_cachefs("umount", mountpoint)
+    assert done.returncode == 2
+    assert os.listdir(source) == []
+
+
+def test_a_place_that_was_full_once(source, mountpoint, tmp_path_factory, tmp_path):
+    """A mount that was refused for that leaves nothing that keeps the next one from it."""
+    if os.geteuid():
+        pytest.skip("mounting a tmpfs takes root")
+    place = tmp_path_factory.mktemp("tmpfs")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], check=True)
+    try:
+        for size in 10_000, 1:
+            with open(place / f"{size}", "wb", buffering=0) as filler, suppress(OSError):
+                while True:
+                    filler.write(bytes(size))
+        command = ("mount", source, mountpoint, "--scratch", tmp_path / "s", "--memory", "1M", "--memory-path", place)
+        assert run_cachefs(*command, check=False).returncode == 1
+        for size in 10_000, 1:
+            (place / f"{size}").unlink()
+        run_cachefs(*command)
+        run_cachefs("umount", mountpoint)
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_what_a_mount_leaves_to_another_moves_down(files, tier, tmp_path):
+    """What the second has opened counts as its own when the first is gone."""
+    files(40)
+    other = tmp_path / "other"
+    other.mkdir()
+    one, two = tier(10, 40), tier(10, 40, at=other)
+    read(one, *range(10))
+    read(two, *range(10))
+    one.unmount()
+    read(two, *range(20, 40))
+    wait_until(lambda: tiers(two)[0]["moved_down"], "they move down")
+
+
+def test_what_was_open_while_it_moved_gives_its_room_back(files, tier, mountpoint):
+    """And no worker keeps a descriptor of it."""
+    files(30)
+    cache = tier(10, 25)
+    read(cache, *range(10))
+    place = Path(tiers(cache)[0]["path"])
+    with ExitStack() as stack:
+        for number in range(10):
+            stack.enter_context(open(mountpoint / f"{number}", "rb"))
+        wait_until(lambda: read(cache, 10) or tiers(cache)[0]["moved_down"], "some are in both")
+        read(cache, *range(11, 15))
+        time.sleep(1.5)
+        read(cache, *range(15, 20))
+        time.sleep(1.5)
+    read(cache, *range(20, 30))
+    time.sleep(1.5)
+    read(cache, *range(20, 30))
+
+    def kept_open():
+        workers = psutil.Process(cache.pid).children(recursive=True)
+        links = [link for worker in workers for link in Path(f"/proc/{worker.pid}/fd").iterdir()]
+        return [link for link in links if str(place / "files") in os.readlink(link) and len(link.resolve().name) == 48]
+
+    assert not kept_open()

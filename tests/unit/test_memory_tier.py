@@ -1,0 +1,183 @@
+"""The memory tier by itself, its moves made in this process."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import trio
+
+from cachefs.cache.capacity import CapacityKeeper
+from cachefs.cache.copying import CopyHandlers
+from cachefs.cache.ledger import Ledger
+from cachefs.cache.memory import MemoryTier
+from cachefs.cache.residency import Residency
+from cachefs.cache.scratch_reader import ScratchReader
+from cachefs.cache.storage import Storage
+from cachefs.errors import WorkerDiedError
+from cachefs.metrics import Metrics
+from cachefs.mount.leases import boot_id
+from cachefs.source.attributes import mtime_of, pack_stat, version_of
+
+SIZE = 10_000
+
+
+class Pool:
+    def __init__(self):
+        self.handlers = {}
+        self.dies_after = False
+        self.jobs = []
+        self.before = None
+
+    async def run(self, job, *, what="", timeout=0, on_progress=None):
+        await trio.lowlevel.checkpoint()
+        self.jobs.append(job)
+        if self.before:
+            self.before(job)
+        gen = self.handlers[job[0]](*job[1:])
+        while True:
+            try:
+                next(gen)
+            except StopIteration as end:
+                if self.dies_after:
+                    raise WorkerDiedError("move") from None
+                return end.value
+
+
+class House:
+    def __init__(self, tmp_path, memory=100 * SIZE, scratch=100 * SIZE, policy="hold", room=lambda: 1 << 40):
+        self.tmp = tmp_path
+        self.storages = []
+        self.ledgers = []
+        for name in ("scratch", "memory"):
+            for d in ("files", "staging"):
+                os.makedirs(tmp_path / name / d)
+            fd = os.open(tmp_path / name, os.O_RDONLY)
+            self.storages.append(Storage(fd, boot_id()))
+            ledger = Ledger(fd, secrets.token_hex(6), boot_id())
+            ledger.join([])
+            self.ledgers.append(ledger)
+        self.pool = Pool()
+        self.pool.handlers = {**CopyHandlers(None, self.storages).table()}
+
+        def nothing(*_):
+            yield from ()
+            return []
+
+        self.pool.handlers.update(unused=nothing, record=nothing)
+        self.residency = Residency(bytes(16), boot_id(), self.pool, recency=policy != "hold")
+        self.residency.loaded.set()
+        self.keeper = CapacityKeeper(
+            scratch,
+            policy,
+            self.ledgers[0],
+            self.storages[0],
+            self.residency,
+            ScratchReader(1, in_memory=True),
+            copies=self.pool,
+            index=self.pool,
+            live_datasets=list,
+            metrics=Metrics(),
+        )
+        self.tier = MemoryTier(
+            tmp_path / "memory", memory, self.ledgers[1], self.storages[1], room, self.keeper, self.residency, self.pool
+        )
+
+    async def put(self, n, tier):
+        p = self.tmp / f"src{n}"
+        p.write_bytes(bytes([n]) * SIZE)
+        version = version_of(pack_stat(os.stat(p)))
+        name = self.residency.name_of(b"%d" % n, version)
+        import xxhash
+
+        assert await tier.try_reserve(SIZE)
+        fd = tier.storage.stage(name)
+        os.pwrite(fd, p.read_bytes(), 0)
+        os.utime(fd, ns=(mtime_of(version),) * 2)
+        tier.storage.commit(name)
+        os.close(fd)
+        tier.settle(SIZE)
+        tier.keep(name, b"%d" % n, version, xxhash.xxh3_64_digest(p.read_bytes()))
+        return name, b"%d" % n, version
+
+
+def test_room_between_two_looks(tmp_path):
+    from cachefs.mount.tiers import MemoryRoom
+
+    room = MemoryRoom(
+        os.open(tmp_path, os.O_RDONLY),
+        *([lambda: h.ledgers[1].stored()[0]] if "stored" in MemoryRoom.__init__.__code__.co_varnames else []),
+    )
+    room._look = lambda: (
+        10 * SIZE - sum(f.stat().st_size for f in (tmp_path / "memory/files").rglob("*") if f.is_file())
+    )
+    h = House(tmp_path, memory=1000 * SIZE, room=room)
+
+    async def main():
+        got = 0
+        for n in range(100):
+            try:
+                await h.put(n, h.tier)
+            except AssertionError:
+                break
+            got += 1
+        assert got <= 10
+
+    trio.run(main)
+
+
+def test_double_lost(tmp_path):
+    h = House(tmp_path)
+
+    async def main():
+        for n in range(3):
+            await h.put(n, h.tier)
+        name, path, version = await h.put(9, h.keeper)
+        fd = h.storages[0].open(name)  # a reader has it open in scratch
+        h.tier._hot[name] = path, version
+        await h.tier._trade()
+        assert h.tier.moved_up == 1
+        for kept in list(h.tier._files.values()):
+            await h.tier._move_down([kept])
+        os.close(fd)
+        await h.tier._trade()
+        assert h.storages[0].has(name) or h.storages[1].has(name)
+
+    trio.run(main)
+
+
+def test_hot_of_unknown_checksum(tmp_path):
+    h = House(tmp_path)
+
+    async def main():
+        for n in range(3):
+            await h.put(n, h.tier)
+        name, path, version = await h.put(9, h.keeper)
+        h.residency.add(name, path, version, b"")
+        h.tier._hot[name] = path, version
+        await h.tier._trade()
+        assert h.storages[0].has(name) or h.storages[1].has(name)
+
+    trio.run(main)
+
+
+def test_what_was_open_while_it_moved_goes_later(tmp_path):
+    """It is in both tiers then, until it is closed; no descriptor of it stays open."""
+    h = House(tmp_path)
+
+    async def main():
+        name, _, _ = await h.put(1, h.tier)
+        fd = h.storages[1].open(name)
+        await h.tier._move_down(h.tier._oldest(SIZE))
+        assert h.storages[0].has(name)
+        assert h.storages[1].has(name)
+        before = len(os.listdir("/proc/self/fd"))
+        await h.tier._move_down(h.tier._oldest(SIZE))  # open still
+        assert len(os.listdir("/proc/self/fd")) == before
+        os.close(fd)
+        await h.tier._move_down(h.tier._oldest(SIZE))
+        assert not h.storages[1].has(name)
+        assert h.tier.stored() == (0, 0)
+        assert h.keeper.stored() == (SIZE, 1)
+
+    trio.run(main)
