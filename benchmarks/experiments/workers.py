@@ -127,10 +127,11 @@ def summarize(run: Run) -> Iterator[str]:
         enough, unbound = enough_workers(medians), unbound_workers(medians, waited)
         end = "stays the bottleneck" if unbound is None else f"stops being the bottleneck with num_workers={unbound}"
         wait = waited[enough] / medians[enough]
+        more = "the most that were tried" if enough == max(medians) else "and more bring less than 10%"
         yield (
             f"- {TITLES[contender]}: loading {end} (while the training waits for more than {BOUND:.0%} of the time). "
             f"With num_workers={enough} it takes {short(medians[enough])} s, waiting {wait:.0%} of it, "
-            "and more bring less than 10%."
+            f"{more}."
         )
     if (times_cached := times.get(CACHED)) and 0 in times_cached:
         steps = statistics.median(

@@ -42,7 +42,7 @@ class Found:
     """Regular files below a directory, as [relative path, size] in random order: a sample, or all of them.
 
     `seen` were counted; `is_all` says that there are no more. `too_large` and `empty` are those of the sample that were
-    left out.
+    left out, as were all `links` that were seen.
     """
 
     files: list[tuple[str, int]]
@@ -51,6 +51,8 @@ class Found:
     too_large: int
     empty: int
     unreadable_directories: int
+    too_large_bytes: int = 0
+    links: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def find(root: str, seconds: float, most: int, largest: int, seed: int) -> Found
     draw = random.Random(seed)
     pending = [""]
     chosen: list[str] = []
-    seen = unreadable = 0
+    seen = unreadable = links = 0
     end = time.monotonic() + seconds
     while pending and time.monotonic() < end:
         last = draw.randrange(len(pending))
@@ -85,6 +87,8 @@ def find(root: str, seconds: float, most: int, largest: int, seed: int) -> Found
                     path = os.path.join(folder, entry.name)
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(path)
+                    elif entry.is_symlink():
+                        links += 1
                     elif entry.is_file(follow_symlinks=False):
                         seen += 1
                         if len(chosen) < most:
@@ -101,9 +105,10 @@ def find(root: str, seconds: float, most: int, largest: int, seed: int) -> Found
         sizes = list(threads.map(lambda path: _size(os.path.join(root, path)), chosen))
     files = [(path, size) for path, size in zip(chosen, sizes, strict=True) if size is not None]
     fitting = [(path, size) for path, size in files if 0 < size <= largest]
-    too_large = sum(size > largest for _, size in files)
-    is_all = not pending and seen == len(chosen)
-    return Found(fitting, seen, is_all, too_large, len(files) - len(fitting) - too_large, unreadable)
+    large = [size for _, size in files if size > largest]
+    is_all = not pending and not unreadable and seen == len(chosen)
+    empty = len(files) - len(fitting) - len(large)
+    return Found(fitting, seen, is_all, len(large), empty, unreadable, sum(large), links)
 
 
 def _size(path: str) -> int | None:
@@ -241,6 +246,7 @@ def _decoder() -> Callable[[bytes], None] | None:
         images = importlib.import_module("PIL.Image")
     except ImportError:
         return None
+    images.init()  # or each worker process would import the formats again, while its time is taken
 
     def decode(content: bytes) -> None:
         with images.open(io.BytesIO(content)) as image:

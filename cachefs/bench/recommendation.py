@@ -25,6 +25,8 @@ class Recommendation:
     later_rate: float
     is_direct_rising: bool
     """Reading directly was still gaining from more workers where the trial ended: its best may be better."""
+    is_later_rising: bool
+    """So was reading through the mount."""
 
     @property
     def speed_up(self) -> float:
@@ -45,7 +47,8 @@ def recommend(measurements: Iterable[Measurement]) -> Recommendation:
     best_direct, best_later = max(direct.values()), max(later.values())
     direct_workers, workers = fewest_close(direct), fewest_close(later)
     is_rising = len(direct) > 1 and direct_workers == max(direct)
-    made = Recommendation(workers, direct_workers, best_direct, best_later, is_rising)
+    is_later_rising = len(later) > 1 and workers == max(later)
+    made = Recommendation(workers, direct_workers, best_direct, best_later, is_rising, is_later_rising)
     return made if made.is_worth_it else replace(made, workers=direct_workers)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from cachefs.bench.reader import Found
 from cachefs.bench.session import Session
+from cachefs.config import RESERVED_SHARE
 from cachefs.errors import CachefsError, describe
 
 DIRECT, FIRST, LATER = "direct", "first epoch", "later epochs"
@@ -33,7 +34,9 @@ LARGEST_FILE = 64 << 20
 _LARGEST_SAMPLE = 4 << 30
 _ROOM_SHARE = 0.25
 _FEWEST_FILES = 8
-"""In a part of the sample. If there are fewer, all parts are the same files."""
+"""In a part of the sample, for each worker. If there are fewer, all parts are the same files."""
+_LARGE_SHARE = 0.5
+"""More than this of the bytes in files that are too large: the others do not stand for the dataset."""
 _FIND_SECONDS, _ANSWER_SECONDS, _LOOK_AT_FILE_SECONDS = 3.0, 60.0, 0.02
 _PROMOTION_SECONDS, _LOOK_SECONDS = 15.0, 0.5
 _MOST_PASSES = 5
@@ -127,7 +130,10 @@ class Trial:
     def _measure(self) -> Generator[Measurement, None, None]:
         counts, parts = self._plan.workers, self.sample.parts
         for workers, part in zip(counts, parts, strict=False):
-            yield self._read(self._direct, self._plan.source, DIRECT, workers, part)
+            if self.sample.is_shared:
+                yield self._read_passes(self._direct, self._plan.source, DIRECT, workers, part)
+            else:
+                yield self._read(self._direct, self._plan.source, DIRECT, workers, part)
         with Session(self._run(), self._plan.stop) as mounted:
             root = self._mountpoint
             self._find(mounted, root)  # a loader lists first, and directly it has been listed too
@@ -143,7 +149,7 @@ class Trial:
             if self.sample.found.is_all and self._complete(mounted, root, unpromoted):
                 resident = [path for path, _ in self.sample.found.files]
             for workers in counts:
-                yield self._read_later(mounted, root, workers, resident)
+                yield self._read_passes(mounted, root, LATER, workers, resident)
 
     @property
     def _mountpoint(self) -> Path:
@@ -164,13 +170,19 @@ class Trial:
         found = self._find(self._direct, plan.source)
         if not found.files:
             raise _nothing_to_read(plan.source, found)
+        if found.too_large_bytes > _LARGE_SHARE * (found.too_large_bytes + sum(size for _, size in found.files)):
+            raise CachefsError(
+                f"most bytes of {plan.source} are in files larger than {LARGEST_FILE >> 20} MiB, which are too long to "
+                f"read several of: what the others take says little",
+                f"cachefs doctor {plan.source} measures large files",
+            )
         room = min(_LARGEST_SAMPLE, int(_available(self._folder) * _ROOM_SHARE))
         files = _within(found.files, room)
         if not files:
             raise CachefsError(f"there is no room in {plan.place}", "choose another with --scratch")
         is_whole = found.is_all and len(files) == len(found.files)
         parts = share_out(files, 2 * len(plan.workers), plan.seed)
-        is_shared = min(map(len, parts)) < _FEWEST_FILES
+        is_shared = min(map(len, parts)) < _FEWEST_FILES * max(1, *plan.workers)
         if is_shared:
             parts = [[path for path, _ in files]] * len(plan.workers)
         return Sample(
@@ -201,12 +213,12 @@ class Trial:
             )
         return Measurement(way, workers, **said)
 
-    def _read_later(self, session: Session, root: Path, workers: int, paths: Sequence[str]) -> Measurement:
+    def _read_passes(self, session: Session, root: Path, way: str, workers: int, paths: Sequence[str]) -> Measurement:
         """Some passes, until they took as long together as a measurement may: one of few files is over soon."""
         measured: Measurement | None = None
         for _ in range(_MOST_PASSES):
             drop_page_cache(self._folder / "scratch" / "files")
-            one = self._read(session, root, LATER, workers, paths)
+            one = self._read(session, root, way, workers, paths)
             measured = one if measured is None else measured.plus(one)
             if measured.seconds >= self._plan.seconds:
                 break
@@ -282,8 +294,9 @@ def _within(files: Sequence[tuple[str, int]], room: int) -> list[tuple[str, int]
 
 
 def _available(folder: Path) -> int:
+    """What a mount may store there: some of the file system stays free in any case."""
     status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+    return max(0, int(status.f_frsize * (status.f_bavail - RESERVED_SHARE * status.f_blocks)))
 
 
 def _nothing_to_read(source: Path, found: Found) -> CachefsError:
@@ -294,6 +307,11 @@ def _nothing_to_read(source: Path, found: Found) -> CachefsError:
         )
     if found.empty:
         return CachefsError(f"all files of {source} are empty", "name a directory with data")
+    if found.links:
+        return CachefsError(
+            f"there are only symbolic links in {source}, and a cache keeps what they lead to where that lies",
+            "name the directory they lead to",
+        )
     if found.unreadable_directories:
         return CachefsError(f"directories of {source} cannot be listed, and nothing else is in it", "check permissions")
     return CachefsError(f"there is no file in {source}", "check that its file system is mounted on this machine")

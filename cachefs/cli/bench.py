@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,7 +26,7 @@ from cachefs.bench.trial import DIRECT, FIRST, LATER, WAYS, Measurement, Plan, S
 from cachefs.cli.options import ConfiguredCommand, nonempty_path, scratch_option, scratch_path
 from cachefs.cli.printing import complain, count, printable, say
 from cachefs.config import Settings, format_size
-from cachefs.errors import CachefsError, UsageError
+from cachefs.errors import CachefsError, UsageError, describe
 from cachefs.mount.checks import check_fuse, check_may_cover, check_paths, warnings
 from cachefs.mount.mountinfo import FSTYPE, NETWORK_FSTYPES, containing_mount
 from cachefs.mount.namespaces import probe_private_namespaces
@@ -31,6 +34,8 @@ from cachefs.mount.namespaces import probe_private_namespaces
 _BAR_COLUMNS = 40
 _MOST_WORKERS = 64
 _PICTURES = (".png", ".svg", ".pdf")
+_SILENCE_SECONDS = 5.0
+"""A source that does not answer in that time hangs: so would we, and no key would end us."""
 
 
 def _worker_counts(text: Any) -> tuple[int, ...]:
@@ -44,6 +49,13 @@ def _worker_counts(text: Any) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def _finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+    """click's callback: nan is in every range."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number of seconds", ctx, parameter)
+    return value
+
+
 @click.command(cls=ConfiguredCommand)
 @click.argument("source", type=nonempty_path)
 @click.option(
@@ -55,7 +67,12 @@ def _worker_counts(text: Any) -> tuple[int, ...]:
     help="Numbers of worker processes to try; 0 reads in the process itself",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(0.1, 600), default=3.0, show_default=True, help="Of each reading, at most"
+    "--seconds",
+    type=click.FloatRange(0.1, 600),
+    default=3.0,
+    show_default=True,
+    callback=_finite,
+    help="Of each reading, at most",
 )
 @click.option(
     "--files", type=click.IntRange(1, 100_000), default=4000, show_default=True, help="In the sample, at most"
@@ -82,6 +99,7 @@ def bench(
     nothing and leaves nothing behind: what it copies lies beside scratch meanwhile.
     """
     draw = None if chart is None else _chart_of(chart)
+    _check_answers(source)
     path, place = _checked_places(source, scratch_path(scratch))
     problem = probe_private_namespaces()
     check_fuse(allow_other=False, is_private=problem is None)
@@ -113,7 +131,43 @@ def _checked_places(source: Path, scratch: Path) -> tuple[Path, Path]:
     if mount is not None and mount.fstype == FSTYPE:
         raise CachefsError(f"source {path} is cached already: {mount.path} is a mount of cachefs", "unmount it first")
     check_paths(Settings(path, path, scratch), is_private=True)
-    return path, scratch.parent
+    return path, _place_for(scratch)
+
+
+def _place_for(scratch: Path) -> Path:
+    """Beside scratch; in it, where it is another file system than what is around it, or that is closed to us."""
+    if not scratch.is_dir():
+        return scratch.parent
+    is_apart = scratch.stat().st_dev != scratch.parent.stat().st_dev
+    if not is_apart and os.access(scratch.parent, os.W_OK | os.X_OK, effective_ids=True):
+        return scratch.parent
+    try:
+        is_empty = not os.listdir(scratch)
+    except OSError:  # making a folder in it will say why
+        is_empty = True
+    if not is_empty:
+        raise CachefsError(
+            f"scratch {scratch} is in use, and beside it is no room for a trial on the same disk",
+            f"try one in it: --scratch {scratch / 'bench'}",
+        )
+    return scratch
+
+
+def _check_answers(source: Path) -> None:
+    """Raise CachefsError if `source` hangs. Asked by a process that is left alone then: it may not even be killed."""
+    command = [sys.executable, "-I", "-S", "-c", "import os, sys; os.stat(sys.argv[1])", os.path.abspath(source)]
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True)
+    try:
+        process.wait(_SILENCE_SECONDS)  # what else is wrong with it is said later
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise CachefsError(
+            f"source {source} does not answer within {_SILENCE_SECONDS:g} s", "the file server or the network is down"
+        ) from None
+    except BaseException:
+        process.kill()
+        raise
 
 
 @contextmanager
@@ -187,7 +241,8 @@ def _table(results: Sequence[Measurement]) -> Table:
 def _explain(plan: Plan, sample: Sample, results: Sequence[Measurement], *, is_promoted: bool) -> Iterator[str]:
     """How it was measured, as far as the figures depend on it."""
     if any(each.decoded for each in results):
-        yield f"Each file was read and, if it is an image, decoded, on {count(os.cpu_count() or 1, 'processor')}."
+        processors = count(len(os.sched_getaffinity(0)), "processor")
+        yield f"Each file was read and, if it is an image, decoded, on {processors}."
     elif sample.decodes:
         yield "Each file was read, and none is an image that Pillow decodes: what your loader does with it is left out."
     else:
@@ -205,6 +260,8 @@ def _explain(plan: Plan, sample: Sample, results: Sequence[Measurement], *, is_p
         yield "Later epochs were served from scratch directly, because all files are there."
     else:
         yield "Later epochs were served by the daemon: a directory whose files are all in scratch is faster."
+    if sample.found.links:
+        yield f"Left out: {count(sample.found.links, 'symbolic link')}."
     if left_out := sample.found.too_large + sample.found.empty:
         yield f"Left out: {count(left_out, 'file')}, empty or too large."
     if failed := sum(each.failed for each in results):
@@ -218,7 +275,9 @@ def _advise(plan: Plan, scratch: Path | None, advice: Recommendation) -> Iterato
     rates = f"{advice.later_rate:,.0f} files/s in later epochs against {advice.direct_rate:,.0f} directly"
     fewest = f"with num_workers={advice.workers}, the fewest with {CLOSE:.0%} of the best rate"
     most = max(plan.workers)
-    more = f"  (Directly more than {most} workers may bring more: try --workers {most},{2 * most},{4 * most}.)"
+    counts = ",".join(str(each) for each in (most, 2 * most, 4 * most) if each <= _MOST_WORKERS)
+    try_more = f"more than {most} workers may bring more" + (f": try --workers {counts}.)" if "," in counts else ".)")
+    more = f"  (Directly {try_more}"
     if not advice.is_worth_it:
         yield f"cachefs brings little here: {rates}, {advice.speed_up:.1f} times as many. Read it directly:"
         yield f"  python train.py        {fewest}"
@@ -232,7 +291,9 @@ def _advise(plan: Plan, scratch: Path | None, advice: Recommendation) -> Iterato
     yield f"  {shlex.join([*words, '--', 'python', 'train.py'])}        {fewest}"
     if words[3] != data:
         yield "  DIR is an empty directory of your own, where train.py then finds the data."
-    if advice.is_direct_rising:
+    if advice.is_later_rising:
+        yield f"  ({try_more[0].upper()}{try_more[1:]}"
+    elif advice.is_direct_rising:
         yield more
     elif advice.direct_workers != advice.workers:
         yield f"  (Directly it would want num_workers={advice.direct_workers}.)"
@@ -254,6 +315,8 @@ def _chart_of(path: Path) -> Callable[[Sequence[Measurement], str], None]:
         raise UsageError(
             f"--chart {path} cannot be written: there is no such directory to write to", "name another file"
         )
+    if path.is_dir():
+        raise UsageError(f"--chart {path} is a directory", "name a file")
     try:
         figures: Any = importlib.import_module("matplotlib.figure")
     except ImportError:
@@ -270,7 +333,10 @@ def _chart_of(path: Path) -> Callable[[Sequence[Measurement], str], None]:
         axis.set_ylabel("files a second")
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
-        figure.savefig(path, dpi=120)
+        try:
+            figure.savefig(path, dpi=120)
+        except OSError as error:
+            raise CachefsError(f"--chart {path} cannot be written: {describe(error)}") from None
         say(f"Drawn: {path}")
 
     return draw

@@ -7,14 +7,18 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from cachefs.bench.reader import find
 from cachefs.bench.recommendation import fewest_close, recommend
-from cachefs.bench.trial import DIRECT, FIRST, LARGEST_FILE, LATER, Measurement, share_out
+from cachefs.bench.trial import DIRECT, FIRST, LARGEST_FILE, LATER, Measurement, Plan, share_out
+from cachefs.cli.bench import _advise
 from cachefs.demo.dataset import make_dataset
 from cachefs.demo.slow_source import SlowSource
 from tests.commands.places import Place
@@ -157,6 +161,64 @@ def test_where_only_fusermount3_mounts(ordinary_place: Place, whose: str):
     assert not [path for path in place.path.iterdir() if path.name.startswith("cachefs-bench-")]
 
 
+def test_few_files_for_so_many_workers_are_not_divided(own_place: Place):
+    """Each worker would have one: what a reading takes were its start."""
+    make_dataset(own_place.source, files=FILES, classes=2, mean_bytes=SIZE)
+    options = ("--workers", "1,8", "--seconds", "0.5", "--scratch", own_place.scratch)
+    assert "There are few files" in try_out(own_place, own_place.source, *options).stdout
+
+
+def test_workers_have_imported_what_they_decode_with_before_their_time_is_taken():
+    images = pytest.importorskip("PIL.Image")
+    script = "import PIL.Image; from cachefs.bench.reader import has_decoder; has_decoder(); print(len(PIL.Image.OPEN))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    images.init()
+    assert int(done.stdout) == len(images.OPEN)
+
+
+def test_a_scratch_that_is_a_disk_of_its_own(own_place: Place):
+    """What is tried is that disk, and not the one around it."""
+    place = own_place
+    scratch = place.make("disk")
+    if os.geteuid() != 0:
+        pytest.skip("mounts a tmpfs")
+    script = f"mount -t tmpfs tmpfs {scratch}"
+    command = [*CACHEFS, "bench", place.source, *BRIEF, "--scratch", scratch]
+    process = subprocess.Popen(
+        [*map(str, place.on_own_mounts(script)), *map(str, command)], env=place.environ(), cwd=place.path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    seen = set()
+    while process.poll() is None:
+        seen |= {path.name for path in place.path.iterdir() if path.name.startswith("cachefs-bench-")}
+        time.sleep(0.01)
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "num_workers=" in said
+    assert not seen
+
+
+@needs_root
+def test_a_scratch_of_ones_own_where_nobody_may_write_beside_it(ordinary_place: Place):
+    place = ordinary_place
+    scratch = place.make("closed", "own")
+    os.chown(place.path / "closed", 0, 0)
+    done = try_out(place, place.source, *BRIEF, "--scratch", scratch)
+    assert "num_workers=" in done.stdout
+    assert list(scratch.iterdir()) == []
+
+
+def test_only_the_processors_that_it_may_use_are_told(own_place: Place):
+    pytest.importorskip("PIL")
+    make_dataset(own_place.source, files=20, classes=2, mean_bytes=SIZE)
+    one = min(os.sched_getaffinity(0))
+    done = own_place.run(
+        "bench", own_place.source, *BRIEF, "--scratch", own_place.scratch,
+        preexec_fn=lambda: os.sched_setaffinity(0, {one}),
+    )  # fmt: skip
+    assert "decoded, on 1 processor." in done.stdout
+
+
 class TestRefused:
     def test_what_is_no_source(self, place: Place):
         options = (*BRIEF, "--scratch", place.scratch)
@@ -172,6 +234,39 @@ class TestRefused:
         place.refused("bench", empty, *options, says=f"all files of {empty} are empty")
         os.truncate(empty / "nothing", LARGEST_FILE + 1)
         place.refused("bench", empty, *options, says=("is larger than 64 MiB", f"cachefs doctor {empty}"))
+
+    def test_links_alone(self, place: Place):
+        links = place.make("links")
+        (links / "link").symlink_to(place.source / "one")
+        says = ("there are only symbolic links in", "name the directory they lead to")
+        place.refused("bench", links, *BRIEF, "--scratch", place.scratch, says=says)
+
+    def test_large_files_with_a_few_small_ones(self, own_place: Place):
+        """Tar shards with a README: it alone stands for nothing."""
+        os.truncate(own_place.write(own_place.source / "shard.tar", "x"), LARGEST_FILE + 1)
+        says = ("most bytes of", "larger than 64 MiB", f"cachefs doctor {own_place.source}")
+        own_place.refused("bench", own_place.source, *BRIEF, "--scratch", own_place.scratch, says=says)
+
+    @needs_root
+    def test_a_disk_of_scratch_that_is_all_but_full(self, own_place: Place):
+        """5% of it stay free: nothing would be cached, and that is not the source's fault."""
+        place = own_place
+        disk = place.make("disk")
+        setup = f"mount -t tmpfs -o size=64m tmpfs {disk} && truncate -s 0 {disk}/x && fallocate -l 62m {disk}/x"
+        command = [*CACHEFS, "bench", place.source, *BRIEF, "--scratch", disk / "scratch"]
+        words = [*map(str, place.on_own_mounts(setup)), *map(str, command)]
+        done = subprocess.run(words, env=place.environ(), cwd=place.path, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stdout
+        assert f"there is no room in {disk}" in done.stderr
+
+    def test_a_source_that_hangs(self, own_place: Place, slow_source: Callable[..., SlowSource]):
+        slow = slow_source(own_place.source)
+        for op in "lookup", "getattr":
+            slow.fail(op=op, hang=True)
+        done = own_place.run("bench", slow.path, *BRIEF, "--scratch", own_place.scratch)
+        slow.clear_faults()
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"cachefs: source {slow.path} does not answer within 5 s")
 
     def test_no_readable_file(self, ordinary_place: Place):
         place = ordinary_place
@@ -212,12 +307,15 @@ class TestRefused:
             ("--workers", "1,-1", "is not from 0 to 64"),
             ("--workers", "1000", "is not from 0 to 64"),
             ("--seconds", "0", "not in the range"),
+            ("--seconds", "nan", "is not a number of seconds"),
             ("--files", "0", "not in the range"),
             ("--chart", "chart.txt", "is not a name of a picture"),
             ("--chart", "/nowhere/chart.png", "cannot be written"),
+            ("--chart", "directory.png", "is a directory"),
         ],
     )
     def test_bad_values(self, own_place: Place, option: str, value: str, says: str):
+        own_place.make("directory.png")
         own_place.refused("bench", own_place.source, option, value, code=2, says=says)
 
     def test_a_source_whose_reads_fail(self, own_place: Place, slow_source: Callable[..., SlowSource]):
@@ -275,6 +373,22 @@ def command_of(process: psutil.Process) -> list[str]:
         return []
 
 
+def test_an_interrupt_does_not_wait_for_a_read_that_hangs(own_place: Place, slow_source: Callable[..., SlowSource]):
+    """Which the process itself makes where there are no workers."""
+    make_dataset(own_place.source, files=FILES, classes=3, mean_bytes=SIZE)
+    slow = slow_source(own_place.source)
+    slow.fail(op="read", hang=True)
+    slow.reset()
+    before = own_place.snapshot()
+    options = ("--workers", "0", "--seconds", "30", "--scratch", own_place.scratch)
+    process = own_place.start("bench", slow.path, *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: slow.statistics().operations.get("read", 0) >= 1, "it reads")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=15)
+    assert errors == "cachefs: interrupted: nothing is left\n"
+    assert_nothing_is_left(own_place, before)
+
+
 def test_who_is_killed_takes_its_readers_along(own_place: Place, slow_source: Callable[..., SlowSource]):
     make_dataset(own_place.source, files=FILES, classes=3, mean_bytes=SIZE)
     slow = slow_source(own_place.source, latency=LATENCY)
@@ -312,6 +426,20 @@ class TestRecommendation:
         assert not advice.is_direct_rising
         assert advice.workers == advice.direct_workers == 2
 
+    def test_where_more_workers_may_bring_more_it_says_so(self, measured: Callable[..., list[Measurement]]):
+        """Also through the mount, as where a machine has more processors than were tried; and numbers that it takes."""
+        advice = recommend(measured({1: 100, 8: 101}, {1: 100, 4: 400, 8: 800}))
+        assert advice.is_later_rising
+        assert not advice.is_direct_rising
+
+        def told(*workers: int) -> str:
+            plan = Plan(Path("/data"), Path("/tmp"), workers, 1.0, 1, 0, False, 0)
+            return "\n".join(_advise(plan, None, advice))
+
+        assert "(More than 8 workers may bring more: try --workers 8,16,32.)" in told(1, 4, 8)
+        assert "(More than 32 workers may bring more: try --workers 32,64.)" in told(1, 32)
+        assert "(More than 64 workers may bring more.)" in told(1, 64)
+
     def test_no_workers_at_all_only_if_nothing_else_was_tried(self):
         assert fewest_close({0: 100.0, 1: 50.0}) == 1
         assert fewest_close({0: 100.0}) == 0
@@ -326,6 +454,17 @@ def test_parts_have_like_sizes_and_no_file_twice():
     assert max(sizes) < 1.15 * min(sizes)
     assert parts == share_out(files, 4, seed=1)
     assert parts != share_out(files, 4, seed=2)
+
+
+def test_what_is_found_and_what_is_left_out(tmp_path: Path):
+    for name, size in {"a": 10, "b": 20, "large": 1000, "empty": 0}.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / "link").symlink_to("a")
+    found = find(str(tmp_path), 10.0, 100, 100, 0)
+    assert sorted(map(tuple, found.files)) == [("a", 10), ("b", 20)]
+    assert (found.seen, found.is_all, found.too_large, found.empty) == (4, True, 1, 1)
+    assert (found.too_large_bytes, found.links) == (1000, 1)
+    assert not find(str(tmp_path), 10.0, 2, 100, 0).is_all
 
 
 def test_the_reader_knows_of_no_cache():

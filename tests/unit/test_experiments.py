@@ -9,16 +9,20 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import rasters, report
+from benchmarks.contenders import Running
 from benchmarks.experiments import EXPERIMENTS, capacity_sweep, epochs, local_and_remote, tiers, workers
 from benchmarks.fit import fit_line
 from benchmarks.network import missing_sshfs, sshfs
 from benchmarks.results import Result, Run
+from benchmarks.stage import Measured, Options, Stage
 from cachefs.mount.mountinfo import read_mounts
 from tests.unit.test_benchmarks import ROOT, a_run, quickly
 
@@ -97,6 +101,32 @@ def test_what_memory_above_scratch_brings():
     assert "an epoch takes 1.00 times as long with memory above as without" in text
 
 
+def test_an_epoch_with_a_dropped_page_cache_is_read_once(tmp_path, monkeypatch):
+    """A second one would be warm, and the mean of both is neither."""
+    events = []
+
+    class Recorded(Stage):
+        def drop_caches(self) -> bool:
+            events.append("drop")
+            return True
+
+        def measure(self, reader, running, local, between=None) -> list[Measured]:
+            events.append("--at-least" in reader.shuffle)
+            return [Measured(0.1, 1, 1)]
+
+    @contextmanager
+    def mounted(*_: object):
+        yield Running(tmp_path / "mount", status=lambda: {"tiers": []})
+
+    monkeypatch.setattr(tiers, "_mount", mounted)
+    stage = Recorded(tmp_path, Options(), tmp_path)
+    tiers._measure_epochs(stage, tmp_path / "source", tmp_path, 1000, 0)
+    after_a_drop = [event for before, event in pairwise(events) if before == "drop"]
+    assert after_a_drop.count(False) == 1 + len(tiers.SHARES)
+    assert True not in after_a_drop
+    assert events.count(True) == len(tiers.SHARES) * (tiers.EPOCHS + 1), "warm ones are repeated"
+
+
 def three_epochs() -> Run:
     """As the forerunner had them, with another source's name."""
     results = [
@@ -123,6 +153,21 @@ def test_loading_stops_being_the_bottleneck_where_the_training_hardly_waits():
     times, waits = {0: 10.0, 1: 5.0, 2: 2.1, 4: 2.0}, {0: 9.0, 1: 4.0, 2: 0.2, 4: 0.1}
     assert workers.unbound_workers(times, waits) == 2
     assert workers.unbound_workers({0: 10.0}, {0: 9.0}) is None
+
+
+def test_of_more_workers_than_were_tried_nothing_is_said():
+    def trained(times: dict[int, float]) -> Run:
+        results = [
+            Result(workers.CASE, workers.DIRECT, quantity, "s", [value], {"workers": count})
+            for count, value in times.items()
+            for quantity in (workers.TIME, workers.WAITED)
+        ]
+        return dataclasses.replace(a_run("workers"), results=results)
+
+    (line,) = workers.summarize(trained({0: 10.0, 4: 5.0, 8: 2.5}))
+    assert line.endswith("the most that were tried.")
+    (line,) = workers.summarize(trained({0: 10.0, 4: 2.5, 8: 2.5}))
+    assert line.endswith("and more bring less than 10%.")
 
 
 def rasters_near_and_far() -> Run:
