@@ -79,7 +79,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--repetitions", type=int, help="interleaved [default: 3 of each contender; as an experiment wants it]"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the data [default: 0]")
-    parser.add_argument("--samples", type=int, help="in the dataset of an experiment, such as 5000")
+    parser.add_argument("--samples", type=int, help="in the dataset of the experiment local_and_remote, such as 5000")
     parser.add_argument("--quick", action="store_true", help="small and once: shows that it runs, not how fast")
     parser.add_argument("--latency", type=_numbers, default=(), help="of the source, in ms, such as 0.2,2,20")
     parser.add_argument("--bandwidth", type=_numbers, default=(), help="of the source, in MB/s, such as 100,1000")
@@ -100,6 +100,10 @@ def _parse_arguments() -> argparse.Namespace:
     for name in "repetitions", "samples":
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be 1 or more")
+    if options.action == "experiment" and (options.latency or options.bandwidth or options.contenders):
+        parser.error("--latency, --bandwidth and --contenders are of run: an experiment has its own")
+    if options.samples is not None and (options.action != "experiment" or options.workloads != ["local_and_remote"]):
+        parser.error("--samples is of experiment local_and_remote alone")
     if options.folder is not None and not (options.folder.is_dir() and os.access(options.folder, os.W_OK)):
         parser.error(f"--folder {options.folder} is not a directory that can be written to")
     options.workloads = options.workloads or available

@@ -41,7 +41,7 @@ def describe_machine(folder: Path) -> dict[str, Any]:
         "programs": {name: _first_line(command) for name, command in PROGRAMS.items()},
         "data_and_scratch": _file_system(folder),
         "revision": _git("rev-parse", "HEAD"),
-        "has_uncommitted_changes": bool(_git("status", "--porcelain", "--", "cachefs")),
+        "has_uncommitted_changes": bool(_git("status", "--porcelain", "--", "cachefs", "benchmarks/*.py")),
     }
 
 

@@ -1,4 +1,4 @@
-"""Local and remote: training on 500 pairs of rasters, near and far, with and without the mount, by 0 and 4 workers.
+"""Local and remote: training on pairs of rasters, near and far, with and without the mount, by 0 and 4 workers.
 
 Near is the local disk; far takes 10 ms for each operation and has 1 Gbit/s. A sample has 33 bands of 224 x 224 pixels
 and 24 bands of truth, which the workers decompress (`benchmarks/rasters.py`). The page cache is dropped before each

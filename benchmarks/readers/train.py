@@ -3,7 +3,8 @@
     python train.py DIRECTORY --epochs 3 --workers 4 --seed 0
 
 A line of JSON an epoch. The digest is of the losses: the same pixels in the same order give the same one. The time that
-the loop waited for its loader is told separately. With `--pause` each further epoch waits for a line on stdin.
+the loop waited for its loader is told separately: with `--blank`, which loads nothing, that is what a loader costs in
+any case. With `--pause` each further epoch waits for a line on stdin.
 """
 
 from __future__ import annotations
@@ -32,11 +33,19 @@ class Images(Dataset):
             (path, label) for label, name in enumerate(self.classes) for path in sorted((root / name).iterdir())
         ]
 
+        self.blank: tuple[torch.Tensor, list[int]] | None = None
+        """Instead of what is in the files: one image, and their sizes."""
+
+    def make_blank(self) -> None:
+        self.blank = torch.zeros(3, SIDE, SIDE), [path.stat().st_size for path, _ in self.samples]
+
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
         path, label = self.samples[index]
+        if self.blank is not None:
+            return self.blank[0], label, self.blank[1][index]
         with Image.open(path) as image:
             pixels = numpy.array(image.convert("RGB").resize((SIDE, SIDE)))
             size = image.fp.seek(0, 2) if image.fp else path.stat().st_size
@@ -52,12 +61,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1, help="of the model, whose cost grows with its square")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--persistent", action="store_true", help="the workers stay from one epoch to the next")
+    parser.add_argument("--blank", action="store_true", help="images without a file")
     parser.add_argument("--pause", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     images = Images(options.directory)
+    if options.blank:
+        images.make_blank()
     # of the sampler alone: the loader draws from its own, as often as it starts workers
     order = RandomSampler(images, generator=torch.Generator().manual_seed(options.seed))
     loader = DataLoader(

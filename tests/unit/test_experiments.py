@@ -86,10 +86,15 @@ def tiers_of() -> Run:
         for percentile in tiers.PERCENTILES
     ]
     seconds = {tiers.UNCACHED: 10.0, tiers.HALF: 4.0, tiers.BOTH: 1.0, tiers.WHOLE: 0.5, tiers.WHOLE_BOTH: 0.5}
+    seconds |= {tiers.SERVED: 0.8, tiers.SERVED_BOTH: 0.84}
     for way, taken in seconds.items():
         results += [Result(case, way, "time", "s", [taken]) for case in (tiers.COLD, tiers.WARM)]
         results.append(Result("kept", way, "kept", "of bytes", [0.5]))
-    for case, above, below in ((tiers.COLD, tiers.BOTH, tiers.HALF), (tiers.WARM, tiers.WHOLE_BOTH, tiers.WHOLE)):
+    for case, above, below in (
+        (tiers.COLD, tiers.BOTH, tiers.HALF),
+        (tiers.WARM, tiers.WHOLE_BOTH, tiers.WHOLE),
+        (tiers.WARM, tiers.SERVED_BOTH, tiers.SERVED),
+    ):
         results.append(Result(case, f"{above} / {below}", "ratio", "x", [seconds[above] / seconds[below]]))
     return dataclasses.replace(a_run("tiers"), results=results)
 
@@ -98,7 +103,7 @@ def test_what_memory_above_scratch_brings():
     text = "\n".join(tiers.summarize(tiers_of()))
     assert "| hit on disk | 3.00 | 5.70 | 5.94 |" in text
     assert "memory for the other half makes an epoch 4.00 times as fast" in text
-    assert "an epoch takes 1.00 times as long with memory above as without" in text
+    assert "an epoch takes 1.00 times as long with memory above as without, and 1.05 times where nothing" in text
 
 
 def test_an_epoch_with_a_dropped_page_cache_is_read_once(tmp_path, monkeypatch):
@@ -151,8 +156,24 @@ def test_enough_workers_are_the_fewest_that_are_close_to_the_least_time():
 
 def test_loading_stops_being_the_bottleneck_where_the_training_hardly_waits():
     times, waits = {0: 10.0, 1: 5.0, 2: 2.1, 4: 2.0}, {0: 9.0, 1: 4.0, 2: 0.2, 4: 0.1}
-    assert workers.unbound_workers(times, waits) == 2
-    assert workers.unbound_workers({0: 10.0}, {0: 9.0}) is None
+    assert workers.unbound_workers(times, waits, {}) == 2
+    assert workers.unbound_workers({0: 10.0}, {0: 9.0}, {}) is None
+    assert workers.unbound_workers(times, {0: 9.0, 1: 4.0, 2: 0.5, 4: 0.5}, {2: 0.4, 4: 0.4}) == 2
+
+
+def test_what_the_loader_takes_to_hand_over_is_not_held_against_loading():
+    def told(contender: str, time: float, wait: float) -> list[Result]:
+        known = {"workers": 1}
+        return [
+            Result(workers.CASE, contender, workers.TIME, "s", [time], known),
+            Result(workers.CASE, contender, workers.WAITED, "s", [wait], known),
+        ]
+
+    results = [*told(workers.DIRECT, 2.0, 0.9), *told(workers.CACHED, 1.3, 0.3), *told(workers.BLANK, 1.2, 0.2)]
+    direct, cached, blank = workers.summarize(dataclasses.replace(a_run("workers"), results=results))
+    assert "loading stays the bottleneck" in direct
+    assert "loading stops being the bottleneck with num_workers=1" in cached
+    assert "with blank images: 1.20 s; it waits for them for up to 0.20 s" in blank
 
 
 def test_of_more_workers_than_were_tried_nothing_is_said():
