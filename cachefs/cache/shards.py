@@ -24,8 +24,9 @@ import heapq
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from hashlib import blake2b
+from itertools import groupby
 
 _OTHERS, _CUT, _KEPT = 0, 1, 2
 """What a file is to a share: not in it; in it, but without room in scratch; in it and kept."""
@@ -35,7 +36,7 @@ _SMALL = 64
 
 
 class Listing:
-    """The regular files of a source, in whatever order they are found: some 16 bytes a file.
+    """The regular files of a source, in whatever order they are found: 16 bytes a file, 32 one with several names.
 
     A name is known by 64 bits of digest. Two names that had the same, of a million files once in 40 million listings,
     would be in the same shard: nothing more.
@@ -45,8 +46,9 @@ class Listing:
         self.salt = seed.to_bytes(16, "little")
         self.digests = array("Q")
         self.sizes = array("Q")
-        self.names: dict[Hashable, list[int]] = {}
-        """Of each content with several names, their digests."""
+        self.linked = array("Q")
+        self.contents = array("q")
+        """Of names of a content that has several: their digests, and what is the same for all names of one content."""
 
     def add(self, path: bytes, size: int, content: Hashable = None) -> None:
         """A file of `size` bytes. `content` is what all names of a file with several have in common, else None."""
@@ -54,7 +56,8 @@ class Listing:
         self.digests.append(digest)
         self.sizes.append(size)
         if content is not None:
-            self.names.setdefault(content, []).append(digest)
+            self.linked.append(digest)
+            self.contents.append(hash(content))
 
 
 class Division:
@@ -74,7 +77,7 @@ class Division:
                 self.sizes.append(listing.sizes[at])
             else:  # told twice, as what is renamed while it is listed may be
                 self.sizes[-1] = max(self.sizes[-1], listing.sizes[at])
-        self.leads = self._lead_of_each_name(listing.names.values())
+        self.leads = self._lead_of_each_name(listing)
         self.owners = array("H", bytes(2 * len(self.digests)))
         self.bytes = [0] * count
         self.files = [0] * count
@@ -83,7 +86,7 @@ class Division:
 
     def units(self) -> Iterable[int]:
         """The positions of what goes to a shard on its own: all but the further names of a content."""
-        return (at for at in range(len(self.digests)) if at not in self.leads)
+        return (at for at, lead in enumerate(self.leads) if lead == at)
 
     def owner(self, path: bytes) -> int:
         """The number of the shard that a file is in."""
@@ -91,12 +94,17 @@ class Division:
         at = bisect_left(digests, digest)
         return self.owners[at] if at < len(digests) and digests[at] == digest else digest % self.count
 
-    def _lead_of_each_name(self, contents: Iterable[list[int]]) -> dict[int, int]:
-        """Of the further names of each content, by position: the position of the first, with which they go."""
-        leads = {}
-        for digests in contents:
-            first, *others = sorted({bisect_left(self.digests, digest) for digest in digests})
-            leads.update(dict.fromkeys(others, first))
+    def _lead_of_each_name(self, listing: Listing) -> Sequence[int]:
+        """Of each position that of the first name of the same content, with which it goes."""
+        if not listing.linked:
+            return range(len(self.digests))
+        leads = array("I", range(len(self.digests)))
+        together = sorted(range(len(listing.linked)), key=listing.contents.__getitem__)
+        for _, names in groupby(together, listing.contents.__getitem__):
+            positions = [bisect_left(self.digests, listing.linked[name]) for name in names]
+            first = min(positions)
+            for at in positions:
+                leads[at] = first
         return leads
 
     def _deal(self) -> None:
@@ -114,9 +122,10 @@ class Division:
         self._level(sorted(at for at in by_size if sizes[at]), places, sizes.__getitem__, self.bytes)
         # by bytes, whoever has the fewest would get all empty ones
         self._level([at for at in by_size if not sizes[at]], places, lambda _: 1, self.files)
-        for at, lead in self.leads.items():
-            self.owners[at] = self.owners[lead]
-            self.files[self.owners[lead]] += 1
+        for at, lead in enumerate(self.leads):
+            if at != lead:
+                self.owners[at] = self.owners[lead]
+                self.files[self.owners[lead]] += 1
 
     def _give(self, at: int, number: int) -> None:
         self.owners[at] = number
@@ -209,7 +218,7 @@ class Share:
         return _KEPT if digest % self.division.count == self.number else _OTHERS
 
     def _mark_names(self) -> None:
-        for at, lead in self.division.leads.items():
+        for at, lead in enumerate(self.division.leads):
             self._marks[at] = self._marks[lead]
         self.files = self._marks.count(_KEPT)
 
