@@ -25,9 +25,11 @@ import signal
 import stat
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -42,7 +44,7 @@ class Found:
     """Regular files below a directory, as [relative path, size] in random order: a sample, or all of them.
 
     `seen` were counted; `is_all` says that there are no more. `too_large` and `empty` are those of the sample that were
-    left out, as were all `links` that were seen.
+    left out, as were all `links` that were seen. All files of the directories `whole` are in the sample.
     """
 
     files: list[tuple[str, int]]
@@ -53,6 +55,7 @@ class Found:
     unreadable_directories: int
     too_large_bytes: int = 0
     links: int = 0
+    whole: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,14 @@ def find(root: str, seconds: float, most: int, largest: int, seed: int) -> Found
     draw = random.Random(seed)
     pending = [""]
     chosen: list[str] = []
+    in_folder: dict[str, int] = {}
     seen = unreadable = links = 0
     end = time.monotonic() + seconds
     while pending and time.monotonic() < end:
         last = draw.randrange(len(pending))
         pending[last], pending[-1] = pending[-1], pending[last]
         folder = pending.pop()
+        seen_before = seen
         try:
             with os.scandir(os.path.join(root, folder)) as entries:
                 for entry in entries:
@@ -98,6 +103,8 @@ def find(root: str, seconds: float, most: int, largest: int, seed: int) -> Found
                     if time.monotonic() > end:
                         pending.append(folder)  # not listed to its end
                         break
+                else:
+                    in_folder[folder] = seen - seen_before
         except OSError:
             unreadable += 1
     draw.shuffle(chosen)
@@ -108,7 +115,9 @@ def find(root: str, seconds: float, most: int, largest: int, seed: int) -> Found
     large = [size for _, size in files if size > largest]
     is_all = not pending and not unreadable and seen == len(chosen)
     empty = len(files) - len(fitting) - len(large)
-    return Found(fitting, seen, is_all, len(large), empty, unreadable, sum(large), links)
+    chosen_in_folder = Counter(map(os.path.dirname, chosen))
+    whole = [folder for folder, number in chosen_in_folder.items() if number == in_folder.get(folder)]
+    return Found(fitting, seen, is_all, len(large), empty, unreadable, sum(large), links, whole)
 
 
 def _size(path: str) -> int | None:
@@ -120,8 +129,12 @@ def _size(path: str) -> int | None:
 
 
 def devices(root: str, paths: Iterable[str]) -> list[int]:
-    """The file systems in which the files are: what is mounted over some of them shows in it."""
-    return sorted({os.lstat(os.path.join(root, path)).st_dev for path in paths})
+    """The file system that each file is in: what is mounted over some shows in it. Without those removed since."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found.append(os.lstat(os.path.join(root, path)).st_dev)
+    return found
 
 
 def read(root: str, paths: list[str], workers: int, seconds: float, decode: bool) -> dict[str, Any]:

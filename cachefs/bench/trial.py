@@ -4,7 +4,8 @@ Invariants:
 
 - Direct readings and first epochs each read a part of the sample of their own, of like sizes, so that none warms
   another; where there are too few files for that, `Sample.is_shared` says so.
-- Later epochs read what is resident, with the page cache of scratch dropped: it comes from scratch's disk.
+- Later epochs read what is resident, with the page cache of scratch dropped: it comes from scratch's disk. They begin
+  when promotion has come to rest, or all numbers of workers would not read the same; `Trial.served` says what it was.
 - Whatever happens, no mount, process or file of it is left: scratch is new, and lies in a folder that goes with it.
 """
 
@@ -16,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +39,10 @@ _FEWEST_FILES = 8
 _LARGE_SHARE = 0.5
 """More than this of the bytes in files that are too large: the others do not stand for the dataset."""
 _FIND_SECONDS, _ANSWER_SECONDS, _LOOK_AT_FILE_SECONDS = 3.0, 60.0, 0.02
-_PROMOTION_SECONDS, _LOOK_SECONDS = 15.0, 0.5
+PROMOTED_ALONE_BYTES = 8 << 20
+"""Files of this size are promoted also where their directory is not."""
+_PROMOTION_SECONDS, _REST_SECONDS, _LOOK_SECONDS = 20.0, 7.0, 0.5
+"""What promotion may take at most, after what time without a change no more comes, and how often to look."""
 _MOST_PASSES = 5
 
 
@@ -70,6 +74,15 @@ class Sample:
     @property
     def files(self) -> int:
         return len(self.found.files)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Of the `files` of later epochs, how many came from scratch directly, `before` the first and `after` the last."""
+
+    files: int
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -106,8 +119,7 @@ class Trial:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._stack = ExitStack()
-        self.is_promoted = False
-        """Whether later epochs were served from scratch directly, without the daemon."""
+        self.served = Served(0, 0, 0)
 
     def __enter__(self) -> Trial:
         with ExitStack() as stack:
@@ -146,10 +158,19 @@ class Trial:
                 measured = self._read(mounted, root, FIRST, workers, part)
                 resident += part[: measured.files + measured.failed]
                 yield measured
-            if self.sample.found.is_all and self._complete(mounted, root, unpromoted):
+            if self.sample.found.is_all and self._read_all(mounted, root):
                 resident = [path for path, _ in self.sample.found.files]
+
+            def promoted() -> int:
+                seen = mounted.ask("devices", _ANSWER_SECONDS, root=os.fspath(root), paths=resident)
+                return sum(device != unpromoted for device in seen)
+
+            if self._may_be_promoted(resident):
+                _come_to_rest(promoted, len(resident))
+            before = promoted()
             for workers in counts:
                 yield self._read_passes(mounted, root, LATER, workers, resident)
+            self.served = Served(len(resident), before, promoted())
 
     @property
     def _mountpoint(self) -> Path:
@@ -225,22 +246,31 @@ class Trial:
         assert measured is not None
         return measured
 
-    def _complete(self, session: Session, root: Path, unpromoted: int) -> bool:
-        """Read what has not been read yet, and wait until all of it is mounted from scratch, if it is to be. False if
-        there is too little time for that."""
+    def _read_all(self, session: Session, root: Path) -> bool:
+        """Read also what has not been read yet. False if there is too little time for that."""
         everything = [path for path, _ in self.sample.found.files]
         said = session.ask(
             "read", self._plan.seconds + _ANSWER_SECONDS, root=os.fspath(root), paths=everything,
             workers=max(self._plan.workers), seconds=self._plan.seconds, decode=False,
         )  # fmt: skip
-        if said["files"] < len(everything):
-            return False
-        deadline = time.monotonic() + (0 if self._plan.is_beside else _PROMOTION_SECONDS)
-        while not self.is_promoted and time.monotonic() < deadline:
-            seen = session.ask("devices", _ANSWER_SECONDS, root=os.fspath(root), paths=everything)
-            self.is_promoted = unpromoted not in seen
-            time.sleep(0 if self.is_promoted else _LOOK_SECONDS)
-        return True
+        return bool(said["files"] == len(everything))
+
+    def _may_be_promoted(self, resident: Sequence[str]) -> bool:
+        """Whether some of it may be: all files of a directory are there, or a large one; and we may mount."""
+        found, there = self.sample.found, set(resident)
+        missing = {os.path.dirname(path) for path, _ in found.files if path not in there}
+        is_large = any(size >= PROMOTED_ALONE_BYTES and path in there for path, size in found.files)
+        return not self._plan.is_beside and (is_large or not missing.issuperset(found.whole))
+
+
+def _come_to_rest(promoted: Callable[[], int], files: int) -> None:
+    """Wait until all of the files are promoted, or no more of them have been for some time."""
+    began = changed = time.monotonic()
+    number = promoted()
+    while number < files and time.monotonic() < min(began + _PROMOTION_SECONDS, changed + _REST_SECONDS):
+        time.sleep(_LOOK_SECONDS)
+        if (now := promoted()) != number:
+            number, changed = now, time.monotonic()
 
 
 def share_out(files: Sequence[tuple[str, int]], parts: int, seed: int) -> list[list[str]]:

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from cachefs.bench.recommendation import CLOSE, Recommendation, recommend
 from cachefs.bench.session import StoppedError
-from cachefs.bench.trial import DIRECT, FIRST, LATER, WAYS, Measurement, Plan, Sample, Trial
+from cachefs.bench.trial import DIRECT, FIRST, LATER, WAYS, Measurement, Plan, Sample, Served, Trial
 from cachefs.cli.options import ConfiguredCommand, nonempty_path, scratch_option, scratch_path
 from cachefs.cli.printing import complain, count, printable, say
 from cachefs.config import Settings, format_size
@@ -108,14 +108,14 @@ def bench(
     with _stop_on_signals() as (stop, received):
         plan = Plan(path, place, workers, seconds, files, seed, problem is not None, stop)
         try:
-            results, sample, is_promoted = _try(plan)
+            results, sample, served = _try(plan)
         except StoppedError:
             complain("interrupted: nothing is left")
             raise SystemExit(128 + received()) from None
     console = Console()
     _print_chart(console, results)
     console.print(_table(results))
-    for line in _explain(plan, sample, results, is_promoted=is_promoted):
+    for line in _explain(plan, sample, results, served):
         say(line)
     is_given = ctx.get_parameter_source("scratch") is ParameterSource.COMMANDLINE
     for line in _advise(plan, scratch_path(scratch) if is_given else None, recommend(results)):
@@ -189,7 +189,7 @@ def _stop_on_signals() -> Iterator[tuple[int, Callable[[], int]]]:
         os.close(writing)
 
 
-def _try(plan: Plan) -> tuple[list[Measurement], Sample, bool]:
+def _try(plan: Plan) -> tuple[list[Measurement], Sample, Served]:
     errors = Console(stderr=True)
     steps = (
         errors.status(Text(printable(f"looking for files in {plan.source}"))) if errors.is_terminal else nullcontext()
@@ -210,7 +210,7 @@ def _try(plan: Plan) -> tuple[list[Measurement], Sample, bool]:
             results.append(result)
             tell(f"{result.way}, {count(result.workers, 'worker')}: {result.rate:,.0f} files/s")
     say(f"{part} in {plan.source}, {each} each, for {plan.seconds:g} s a time at most")
-    return results, sample, trial.is_promoted
+    return results, sample, trial.served
 
 
 def _print_chart(console: Console, results: Sequence[Measurement]) -> None:
@@ -238,7 +238,7 @@ def _table(results: Sequence[Measurement]) -> Table:
     return table
 
 
-def _explain(plan: Plan, sample: Sample, results: Sequence[Measurement], *, is_promoted: bool) -> Iterator[str]:
+def _explain(plan: Plan, sample: Sample, results: Sequence[Measurement], served: Served) -> Iterator[str]:
     """How it was measured, as far as the figures depend on it."""
     if any(each.decoded for each in results):
         processors = count(len(os.sched_getaffinity(0)), "processor")
@@ -256,10 +256,7 @@ def _explain(plan: Plan, sample: Sample, results: Sequence[Measurement], *, is_p
     if sample.is_shared:
         yield "There are few files: all numbers of workers have read the same ones, and one of them the first epoch."
     yield "Nothing was fetched ahead, which makes a real first epoch faster where directories are read through."
-    if is_promoted:
-        yield "Later epochs were served from scratch directly, because all files are there."
-    else:
-        yield "Later epochs were served by the daemon: a directory whose files are all in scratch is faster."
+    yield _how_served(served, is_all=sample.found.is_all)
     if sample.found.links:
         yield f"Left out: {count(sample.found.links, 'symbolic link')}."
     if left_out := sample.found.too_large + sample.found.empty:
@@ -267,6 +264,20 @@ def _explain(plan: Plan, sample: Sample, results: Sequence[Measurement], *, is_p
     if failed := sum(each.failed for each in results):
         reason = next(each.reason for each in results if each.reason)
         yield f"Reading failed {count(failed, 'time')}: {reason}"
+
+
+def _how_served(served: Served, *, is_all: bool) -> str:
+    fewest, most = sorted((served.before, served.after))
+    if fewest == served.files:
+        of = "" if is_all else " of their directories"
+        return f"Later epochs were served from scratch directly, because all files{of} are there."
+    if not most:
+        return "Later epochs were served by the daemon: a directory whose files are all in scratch is faster."
+    part = f"{fewest:,}" if fewest == most else f"first {served.before:,}, at the end {served.after:,}"
+    return (
+        f"Later epochs were partly served by the daemon: {part} of {count(served.files, 'file')} came from scratch "
+        f"directly, where all files of a directory are there."
+    )
 
 
 def _advise(plan: Plan, scratch: Path | None, advice: Recommendation) -> Iterator[str]:

@@ -17,10 +17,21 @@ import pytest
 
 from cachefs.bench.reader import find
 from cachefs.bench.recommendation import fewest_close, recommend
-from cachefs.bench.trial import DIRECT, FIRST, LARGEST_FILE, LATER, Measurement, Plan, share_out
-from cachefs.cli.bench import _advise
+from cachefs.bench.trial import (
+    DIRECT,
+    FIRST,
+    LARGEST_FILE,
+    LATER,
+    PROMOTED_ALONE_BYTES,
+    Measurement,
+    Plan,
+    Served,
+    share_out,
+)
+from cachefs.cli.bench import _advise, _how_served
 from cachefs.demo.dataset import make_dataset
 from cachefs.demo.slow_source import SlowSource
+from cachefs.fs.survey import LARGE_FILE_BYTES
 from tests.commands.places import Place
 from tests.conftest import needs_root
 from tests.harness import CACHEFS, mounts_everywhere, wait_until
@@ -100,6 +111,36 @@ def test_files_that_are_all_there_are_served_from_scratch(own_place: Place):
     assert "Later epochs were served from scratch directly, because all files are there." in done.stdout
     if "brings little" in done.stdout:
         assert re.search(r"^  python train.py +with num_workers=2,", done.stdout, re.MULTILINE)
+
+
+def test_a_sample_of_directories_that_are_there_as_a_whole(own_place: Place):
+    """They are promoted some seconds after the first epoch: no number of workers is to profit from that alone."""
+    classes = own_place.make("classes")
+    for number in range(100):
+        own_place.write(own_place.make("classes", f"class{number}") / "a.bin", "x" * SIZE)
+    done = try_out(own_place, classes, *BRIEF, "--files", "80", "--scratch", own_place.scratch)
+    says = "Later epochs were served from scratch directly, because all files of their directories are there."
+    assert says in done.stdout
+
+
+def test_a_part_that_is_promoted(own_place: Place):
+    for number in range(40):
+        own_place.write(own_place.make("source", f"class{number}") / "a.bin", "x" * SIZE)
+        own_place.write(own_place.make("source", "large") / f"{number}.bin", "x" * SIZE)
+    done = try_out(own_place, own_place.source, *BRIEF, "--files", "70", "--scratch", own_place.scratch)
+    (line,) = (line for line in done.stdout.splitlines() if "partly served by the daemon" in line)
+    promoted, files = map(int, re.findall(r"(\d+) of (\d+) files", line)[0])
+    assert 20 < promoted < files <= 70
+
+
+def test_how_later_epochs_were_served():
+    assert "first 3, at the end 7 of 9 files" in _how_served(Served(9, 3, 7), is_all=False)
+    assert "by the daemon: a directory" in _how_served(Served(9, 0, 0), is_all=False)
+    assert "because all files are there" in _how_served(Served(9, 9, 9), is_all=True)
+
+
+def test_a_file_that_is_promoted_without_its_directory():
+    assert PROMOTED_ALONE_BYTES == LARGE_FILE_BYTES
 
 
 def test_few_files(place: Place):
@@ -464,7 +505,9 @@ def test_what_is_found_and_what_is_left_out(tmp_path: Path):
     assert sorted(map(tuple, found.files)) == [("a", 10), ("b", 20)]
     assert (found.seen, found.is_all, found.too_large, found.empty) == (4, True, 1, 1)
     assert (found.too_large_bytes, found.links) == (1000, 1)
-    assert not find(str(tmp_path), 10.0, 2, 100, 0).is_all
+    assert found.whole == [""]
+    some = find(str(tmp_path), 10.0, 2, 100, 0)
+    assert (some.is_all, some.whole) == (False, [])
 
 
 def test_the_reader_knows_of_no_cache():
