@@ -4,11 +4,13 @@ Invariants:
 
 - Waiting for an answer ends when it comes, when its time is over, or when `stop` can be read: who interrupts us is
   heard here alone, so that nothing is interrupted half way.
-- When a session is closed its process has ended, and so have its workers, its mount and its scratch.
+- When a session is closed its process has ended, and so have its workers, its mount and its scratch; or what the kernel
+  does not let go is among those that `remaining` names. Closing takes no longer than the seconds below together.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -17,28 +19,64 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import psutil
 
 from cachefs.bench import reader
 from cachefs.errors import CachefsError
 
 END_SECONDS, READER_END_SECONDS = 60.0, 2.0
 """Of `cachefs run`, which has a mount to take away; of a reader alone, which the kernel cleans up after."""
+_STOP_SECONDS = 5.0
+"""Of `cachefs run` that is to stop: its reader may wait for the mount, which goes only when the run has."""
+_CLEAN_UP_SECONDS, _KILL_SECONDS = 15.0, 2.0
+"""Of what outlives our process, as a keeper does whose run was killed; of whatever is left then."""
+_HELD_SECONDS = 1.0
+"""Who waits in the kernel for so long, and cannot be killed, waits for a file system that does not answer."""
+_PR_SET_CHILD_SUBREAPER = 36
 _CHUNK = 1 << 16
+_LOOK_SECONDS = 0.05
 
 
 class StoppedError(Exception):
     """`stop` could be read."""
 
 
+def adopt_orphans() -> None:
+    """Whoever outlives the process of ours that has started it is a child of ours from now on, so that it is found."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _is_held(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_DISK_SLEEP)
+    except psutil.Error:  # it has ended
+        return True
+
+
+def remaining() -> list[psutil.Process]:
+    """The processes that we have started, and those that they have, that have not ended."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 class Session:
     """`around` is what a user writes before the command: nothing, or `cachefs run ... --`."""
 
     def __init__(self, around: Sequence[str], stop: int) -> None:
+        self.was_killed = False
+        """Whether closing it has taken force: its mount may be left, without a daemon."""
         self._stop = stop
-        self._end_seconds = END_SECONDS if around else READER_END_SECONDS
+        self._has_keeper = bool(around)
+        self._others = remaining()
         self._said = b""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -60,17 +98,40 @@ class Session:
             process.stdin.close()  # it ends with its input
         else:
             process.terminate()
+        seconds = (END_SECONDS if kind is None else _STOP_SECONDS) if self._has_keeper else READER_END_SECONDS
         try:
-            process.wait(self._end_seconds)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            process.kill()  # alone, so that a keeper takes the mount away
+        if not self._have_ended(_CLEAN_UP_SECONDS):
+            self._kill()
         for stream in (process.stdin, process.stdout, self._errors):
             assert stream is not None
             try:
                 stream.close()
             except BrokenPipeError:
                 pass
+
+    def _kill(self) -> None:
+        """Whatever is left."""
+        self.was_killed = True
+        for process in remaining():
+            if process not in self._others:
+                with suppress(psutil.Error):
+                    process.kill()
+        self._have_ended(_KILL_SECONDS)
+
+    def _have_ended(self, seconds: float) -> bool:
+        """Wait for all that was started by this session, until only such are left as the kernel holds."""
+        deadline = time.monotonic() + seconds
+        moved = time.monotonic()
+        while left := [process for process in remaining() if process not in self._others]:
+            if not all(map(_is_held, left)):
+                moved = time.monotonic()
+            if time.monotonic() > min(deadline, moved + _HELD_SECONDS):
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True
 
     def ask(self, do: str, timeout: float, **arguments: Any) -> Any:
         """What the reader answers. Raises CachefsError if it fails or does not answer in time, and StoppedError."""
@@ -104,7 +165,8 @@ class Session:
 
     def _failure(self) -> CachefsError:
         """It has ended: with what it said last, which is why."""
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(READER_END_SECONDS)
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
         return CachefsError(f"the reader ended: {said[-1].removeprefix('cachefs: ')}")

@@ -7,6 +7,7 @@ Invariants:
 - Later epochs read what is resident, with the page cache of scratch dropped: it comes from scratch's disk. They begin
   when promotion has come to rest, or all numbers of workers would not read the same; `Trial.served` says what it was.
 - Whatever happens, no mount, process or file of it is left: scratch is new, and lies in a folder that goes with it.
+  What the kernel does not let go (a process that waits for a source that hangs) is told by `left`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cachefs.bench.reader import Found
-from cachefs.bench.session import Session
+from cachefs.bench.session import Session, adopt_orphans, remaining
 from cachefs.config import RESERVED_SHARE
 from cachefs.errors import CachefsError, describe
 
@@ -43,6 +45,7 @@ PROMOTED_ALONE_BYTES = 8 << 20
 """Files of this size are promoted also where their directory is not."""
 _PROMOTION_SECONDS, _REST_SECONDS, _LOOK_SECONDS = 20.0, 7.0, 0.5
 """What promotion may take at most, after what time without a change no more comes, and how often to look."""
+_DETACH_SECONDS = 10.0
 _MOST_PASSES = 5
 
 
@@ -119,11 +122,13 @@ class Trial:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._stack = ExitStack()
+        self._made: Path | None = None
         self.served = Served(0, 0, 0)
 
     def __enter__(self) -> Trial:
+        adopt_orphans()
         with ExitStack() as stack:
-            self._folder = _new_folder(self._plan.place)
+            self._folder = self._made = _new_folder(self._plan.place)
             stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
             self._direct = stack.enter_context(Session([], self._plan.stop))
             self.sample = self._find_sample()
@@ -132,6 +137,17 @@ class Trial:
 
     def __exit__(self, *reason: Any) -> None:
         self._stack.__exit__(*reason)
+
+    def left(self) -> str:
+        """What could not be ended or removed after all, in words."""
+        pids = [str(process.pid) for process in remaining()]
+        said = []
+        if pids:
+            who = f"process {pids[0]}" if len(pids) == 1 else f"processes {', '.join(pids)}"
+            said = [f"{who} cannot be ended before {self._plan.source} answers"]
+        if self._made is not None and os.path.lexists(self._made):
+            said.append(f"{self._made} is left")
+        return ", and ".join(said)
 
     def measurements(self) -> Iterator[Measurement]:
         """As they are made. Raises CachefsError, and StoppedError."""
@@ -146,7 +162,7 @@ class Trial:
                 yield self._read_passes(self._direct, self._plan.source, DIRECT, workers, part)
             else:
                 yield self._read(self._direct, self._plan.source, DIRECT, workers, part)
-        with Session(self._run(), self._plan.stop) as mounted:
+        with self._mounted() as mounted:
             root = self._mountpoint
             self._find(mounted, root)  # a loader lists first, and directly it has been listed too
             (unpromoted,) = mounted.ask("devices", _ANSWER_SECONDS, root=os.fspath(root), paths=[""])
@@ -171,6 +187,16 @@ class Trial:
             for workers in counts:
                 yield self._read_passes(mounted, root, LATER, workers, resident)
             self.served = Served(len(resident), before, promoted())
+
+    @contextmanager
+    def _mounted(self) -> Iterator[Session]:
+        session = Session(self._run(), self._plan.stop)
+        try:
+            with session:
+                yield session
+        finally:
+            if session.was_killed and self._plan.is_beside:  # else it goes with its namespace
+                _detach(self._mountpoint)
 
     @property
     def _mountpoint(self) -> Path:
@@ -261,6 +287,13 @@ class Trial:
         missing = {os.path.dirname(path) for path, _ in found.files if path not in there}
         is_large = any(size >= PROMOTED_ALONE_BYTES and path in there for path, size in found.files)
         return not self._plan.is_beside and (is_large or not missing.issuperset(found.whole))
+
+
+def _detach(mountpoint: Path) -> None:
+    command = [sys.executable, "-m", "cachefs", "umount", "--lazy", os.fspath(mountpoint)]
+    null = subprocess.DEVNULL
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.Popen(command, stdin=null, stdout=null, stderr=null).wait(_DETACH_SECONDS)
 
 
 def _come_to_rest(promoted: Callable[[], int], files: int) -> None:

@@ -107,15 +107,20 @@ def bench(
         complain(f"warning: {warning}")
     with _stop_on_signals() as (stop, received):
         plan = Plan(path, place, workers, seconds, files, seed, problem is not None, stop)
+        trial = Trial(plan)
         try:
-            results, sample, served = _try(plan)
+            results, sample = _try(plan, trial)
         except StoppedError:
-            complain("interrupted: nothing is left")
+            complain(f"interrupted: {trial.left() or 'nothing is left'}")
             raise SystemExit(128 + received()) from None
+        except CachefsError:
+            _warn_of(trial.left())
+            raise
+    _warn_of(trial.left())
     console = Console()
     _print_chart(console, results)
     console.print(_table(results))
-    for line in _explain(plan, sample, results, served):
+    for line in _explain(plan, sample, results, trial.served):
         say(line)
     is_given = ctx.get_parameter_source("scratch") is ParameterSource.COMMANDLINE
     for line in _advise(plan, scratch_path(scratch) if is_given else None, recommend(results)):
@@ -163,7 +168,8 @@ def _check_answers(source: Path) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         raise CachefsError(
-            f"source {source} does not answer within {_SILENCE_SECONDS:g} s", "the file server or the network is down"
+            f"source {source} does not answer within {_SILENCE_SECONDS:g} s",
+            f"the file server or the network is down (process {process.pid} waits for it, and ends when it answers)",
         ) from None
     except BaseException:
         process.kill()
@@ -189,13 +195,18 @@ def _stop_on_signals() -> Iterator[tuple[int, Callable[[], int]]]:
         os.close(writing)
 
 
-def _try(plan: Plan) -> tuple[list[Measurement], Sample, Served]:
+def _warn_of(left: str) -> None:
+    if left:
+        complain(f"warning: {left}")
+
+
+def _try(plan: Plan, trial: Trial) -> tuple[list[Measurement], Sample]:
     errors = Console(stderr=True)
     steps = (
         errors.status(Text(printable(f"looking for files in {plan.source}"))) if errors.is_terminal else nullcontext()
     )
     results: list[Measurement] = []
-    with steps as status, Trial(plan) as trial:
+    with steps as status, trial:
         sample = trial.sample
 
         def tell(step: str) -> None:
@@ -210,7 +221,7 @@ def _try(plan: Plan) -> tuple[list[Measurement], Sample, Served]:
             results.append(result)
             tell(f"{result.way}, {count(result.workers, 'worker')}: {result.rate:,.0f} files/s")
     say(f"{part} in {plan.source}, {each} each, for {plan.seconds:g} s a time at most")
-    return results, sample, trial.served
+    return results, sample
 
 
 def _print_chart(console: Console, results: Sequence[Measurement]) -> None:

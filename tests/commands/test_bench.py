@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cachefs.bench import reader
 from cachefs.bench.reader import find
 from cachefs.bench.recommendation import fewest_close, recommend
 from cachefs.bench.trial import (
@@ -34,7 +35,7 @@ from cachefs.demo.slow_source import SlowSource
 from cachefs.fs.survey import LARGE_FILE_BYTES
 from tests.commands.places import Place
 from tests.conftest import needs_root
-from tests.harness import CACHEFS, mounts_everywhere, wait_until
+from tests.harness import CACHEFS, lives, mounts_everywhere, wait_until
 
 FILES, SIZE, LATENCY = 96, 8_000, 0.02
 BRIEF = ("--workers", "0,2", "--seconds", "0.5")
@@ -146,6 +147,7 @@ def test_a_file_that_is_promoted_without_its_directory():
 def test_few_files(place: Place):
     done = try_out(place, place.source, *BRIEF, "--scratch", place.scratch)
     assert "There are few files" in done.stdout
+    assert "may have helped those that read directly" in done.stdout
     assert "none is an image" in done.stdout
     assert [row[1] != "" for _, row in sorted(rows(done.stdout).items())] == [False, True]
 
@@ -430,6 +432,72 @@ def test_an_interrupt_does_not_wait_for_a_read_that_hangs(own_place: Place, slow
     assert_nothing_is_left(own_place, before)
 
 
+def test_an_interrupt_does_not_wait_for_what_the_kernel_keeps(own_place: Place, slow_source: Callable[..., SlowSource]):
+    """An open that the source's file system has been told of cannot even be killed: it is named."""
+    slow = slow_source(own_place.source)
+    slow.fail(op="open", hang=True)
+    slow.reset()
+    before = own_place.snapshot()
+    options = ("--workers", "0", "--seconds", "30", "--scratch", own_place.scratch)
+    process = own_place.start("bench", slow.path, *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: slow.statistics().operations.get("open", 0) >= 1, "it opens")
+    started = children(psutil.Process(process.pid))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=15)
+    assert process.returncode == 128 + signal.SIGINT
+    (pid,) = re.findall(r"^cachefs: interrupted: process (\d+) cannot be ended", errors)
+    assert int(pid) in [each.pid for each in started if each.is_running()]
+    slow.clear_faults()
+    wait_until(lambda: not any(map(lives, started)), "its processes end")
+    assert_nothing_is_left(own_place, before)
+
+
+@needs_root
+def test_an_interrupt_does_not_wait_for_a_listing_of_the_mount(slow: SlowSource, place: Place):
+    """Which cannot be killed before the mount has been taken away."""
+    before = place.snapshot()
+    slow.set(latency=0.1)
+    process = place.start(
+        "bench", slow.path, *BRIEF, "--scratch", place.scratch, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_until(lambda: any(map(heeds_signals, readers_in_a_run(process.pid))), "it lists")
+    for op in "lookup", "getattr", "readdir":
+        slow.fail(op=op, hang=True)
+    wait_until(lambda: asks_nothing_more(slow), "it waits")
+    started = children(psutil.Process(process.pid))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 128 + signal.SIGINT
+    assert mounts_everywhere(place.path) == []
+    told = {int(pid) for pid in re.findall(r"\d+", errors)}
+    assert {each.pid for each in started if lives(each)} <= told
+    slow.clear_faults()
+    wait_until(lambda: not any(map(lives, started)), "its processes end")
+    assert_nothing_is_left(place, before)
+
+
+def asks_nothing_more(slow: SlowSource) -> bool:
+    before = slow.statistics().requests
+    time.sleep(0.5)  # some times its latency
+    return slow.statistics().requests == before
+
+
+def readers_in_a_run(pid: int) -> list[psutil.Process]:
+    """Of a bench, below its `cachefs run`."""
+    runs = [each for each in children(psutil.Process(pid)) if "run" in command_of(each)]
+    below = [each for run in runs for each in children(run) if each not in runs]
+    return [each for each in below if command_of(each)[-1:] == [reader.__file__]]
+
+
+def heeds_signals(process: psutil.Process) -> bool:
+    """Whether it has begun its work, and with it said what it does when it is to end."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:  # it has ended
+        return False
+    return bool(int(re.findall(r"^SigCgt:\s+(\w+)", status, re.MULTILINE)[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def test_who_is_killed_takes_its_readers_along(own_place: Place, slow_source: Callable[..., SlowSource]):
     make_dataset(own_place.source, files=FILES, classes=3, mean_bytes=SIZE)
     slow = slow_source(own_place.source, latency=LATENCY)
@@ -511,6 +579,4 @@ def test_what_is_found_and_what_is_left_out(tmp_path: Path):
 
 
 def test_the_reader_knows_of_no_cache():
-    import cachefs.bench.reader as reader
-
     assert "cachefs" not in Path(reader.__file__).read_text().split('"""', 2)[2]

@@ -25,7 +25,7 @@ ONLY_IN = {
     "pyfuse3": ("fs/operations.py", "mount/*.py", "demo/slow_*.py"),
     "sqlite_utils": ("cache/index.py",),
     "sqlite3": ("cache/index.py",),
-    "psutil": ("mount/*.py", "cli/*.py", "demo/*.py"),
+    "psutil": ("mount/*.py", "cli/*.py", "demo/*.py", "bench/*.py"),
     "click": ("cli/*.py", "__main__.py", "demo/*.py"),
     "rich": ("cli/*.py", "demo/*.py"),
 }
