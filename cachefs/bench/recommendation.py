@@ -27,6 +27,10 @@ class Recommendation:
     """Reading directly was still gaining from more workers where the trial ended: its best may be better."""
     is_later_rising: bool
     """So was reading through the mount."""
+    is_same: bool = False
+    """The two readings of the best of one way differ by more than those of both ways do."""
+    also_close: tuple[int, ...] = ()
+    """Fewer workers than these, which may be as good: their readings overlap with those of the best."""
 
     @property
     def speed_up(self) -> float:
@@ -34,22 +38,35 @@ class Recommendation:
 
     @property
     def is_worth_it(self) -> bool:
-        return self.speed_up >= WORTH_IT
+        return self.speed_up >= WORTH_IT and not self.is_same
 
 
 def recommend(measurements: Iterable[Measurement]) -> Recommendation:
     """From rates of `direct` and `later epochs`. ValueError without any of one."""
-    rates: dict[str, dict[int, float]] = {DIRECT: {}, LATER: {}}
+    made_of: dict[str, dict[int, Measurement]] = {DIRECT: {}, LATER: {}}
     for each in measurements:
-        if each.way in rates:
-            rates[each.way][each.workers] = each.rate
-    direct, later = rates[DIRECT], rates[LATER]
+        if each.way in made_of:
+            made_of[each.way][each.workers] = each
+    direct, later = ({k: each.rate for k, each in made_of[way].items()} for way in (DIRECT, LATER))
     best_direct, best_later = max(direct.values()), max(later.values())
+    is_same = _overlap(*(max(made_of[way].values(), key=lambda each: each.rate) for way in (DIRECT, LATER)))
     direct_workers, workers = fewest_close(direct), fewest_close(later)
     is_rising = len(direct) > 1 and direct_workers == max(direct)
     is_later_rising = len(later) > 1 and workers == max(later)
-    made = Recommendation(workers, direct_workers, best_direct, best_later, is_rising, is_later_rising)
-    return made if made.is_worth_it else replace(made, workers=direct_workers)
+    made = Recommendation(workers, direct_workers, best_direct, best_later, is_rising, is_later_rising, is_same)
+    way = LATER if made.is_worth_it else DIRECT
+    workers = workers if made.is_worth_it else direct_workers
+    return replace(made, workers=workers, also_close=_also_close(made_of[way], workers))
+
+
+def _also_close(measured: Mapping[int, Measurement], workers: int) -> tuple[int, ...]:
+    best = max((each for number, each in measured.items() if number >= min(1, workers)), key=lambda each: each.rate)
+    return tuple(k for k, each in sorted(measured.items()) if 0 < k < workers and _overlap(each, best))
+
+
+def _overlap(one: Measurement, other: Measurement) -> bool:
+    """Whether the difference is within the spread of their readings."""
+    return one.lowest <= other.highest and other.lowest <= one.highest
 
 
 def fewest_close(rates: Mapping[int, float]) -> int:

@@ -4,6 +4,8 @@ Invariants:
 
 - Direct readings and first epochs each read a part of the sample of their own, of like sizes, so that none warms
   another; where there are too few files for that, `Sample.is_shared` says so.
+- Each number of workers is read with twice, in rising and in falling order, where there are files enough: what a server
+  or a disk does in the course of time then favours none, and the two rates tell how far they can be trusted.
 - Later epochs read what is resident, with the page cache of scratch dropped: it comes from scratch's disk. They begin
   when promotion has come to rest, or all numbers of workers would not read the same; `Trial.served` says what it was.
 - Whatever happens, no mount, process or file of it is left: scratch is new, and lies in a folder that goes with it.
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +48,7 @@ PROMOTED_ALONE_BYTES = 8 << 20
 _PROMOTION_SECONDS, _REST_SECONDS, _LOOK_SECONDS = 20.0, 7.0, 0.5
 """What promotion may take at most, after what time without a change no more comes, and how often to look."""
 _DETACH_SECONDS = 10.0
-_MOST_PASSES = 5
+_MOST_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Served:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One reading. `cached` files were in the page cache all the same; `failed` could not be read, for `reason`."""
+    """One reading, or several together, each with one of `rates`, in files/s. `cached` files were in the page cache all
+    the same; `failed` could not be read, for `reason`."""
 
     way: str
     workers: int
@@ -101,18 +104,27 @@ class Measurement:
     reason: str = ""
     cached: int = 0
     decoded: int = 0
+    rates: tuple[float, ...] = ()
 
     @property
     def rate(self) -> float:
         """Files a second."""
         return self.files / self.seconds if self.seconds else 0.0
 
+    @property
+    def lowest(self) -> float:
+        return min(self.rates, default=self.rate)
+
+    @property
+    def highest(self) -> float:
+        return max(self.rates, default=self.rate)
+
     def plus(self, other: Measurement) -> Measurement:
         """Both together, as one that took longer."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in ("files", "bytes", "failed", "cached")}
         return replace(
             self, seconds=self.seconds + other.seconds, decoded=self.decoded + other.decoded,
-            reason=self.reason or other.reason, **sums,
+            reason=self.reason or other.reason, rates=self.rates + other.rates, **sums,
         )  # fmt: skip
 
 
@@ -157,21 +169,25 @@ class Trial:
 
     def _measure(self) -> Generator[Measurement, None, None]:
         counts, parts = self._plan.workers, self.sample.parts
-        for workers, part in zip(counts, parts, strict=False):
-            if self.sample.is_shared:
-                yield self._read_passes(self._direct, self._plan.source, DIRECT, workers, part)
-            else:
-                yield self._read(self._direct, self._plan.source, DIRECT, workers, part)
+        direct, source = self._direct, self._plan.source
+        if self.sample.is_shared:
+            for workers in _there_and_back(counts):
+                yield self._read_passes(direct, source, DIRECT, workers, parts[0])
+        else:
+            for workers, part, seconds in self._turns(parts[: len(counts)]):
+                yield self._read(direct, source, DIRECT, workers, part, seconds)
         with self._mounted() as mounted:
             root = self._mountpoint
             self._find(mounted, root)  # a loader lists first, and directly it has been listed too
             (unpromoted,) = mounted.ask("devices", _ANSWER_SECONDS, root=os.fspath(root), paths=[""])
             resident: list[str] = []
             firsts = (
-                [(counts[-1], parts[0])] if self.sample.is_shared else zip(counts, parts[len(counts) :], strict=True)
+                [(counts[-1], parts[0], self._plan.seconds)]
+                if self.sample.is_shared
+                else self._turns(parts[len(counts) :])
             )
-            for workers, part in firsts:
-                measured = self._read(mounted, root, FIRST, workers, part)
+            for workers, part, seconds in firsts:
+                measured = self._read(mounted, root, FIRST, workers, part, seconds)
                 resident += part[: measured.files + measured.failed]
                 yield measured
             if self.sample.found.is_all and self._read_all(mounted, root):
@@ -184,7 +200,7 @@ class Trial:
             if self._may_be_promoted(resident):
                 _come_to_rest(promoted, len(resident))
             before = promoted()
-            for workers in counts:
+            for workers in _there_and_back(counts):
                 yield self._read_passes(mounted, root, LATER, workers, resident)
             self.served = Served(len(resident), before, promoted())
 
@@ -246,9 +262,19 @@ class Trial:
         timeout = _ANSWER_SECONDS + plan.files * _LOOK_AT_FILE_SECONDS
         return Found(**session.ask("find", timeout, root=os.fspath(root), **limits))
 
-    def _read(self, session: Session, root: Path, way: str, workers: int, paths: Sequence[str]) -> Measurement:
+    def _turns(self, parts: Sequence[Sequence[str]]) -> list[tuple[int, Sequence[str], float]]:
+        """(Workers, files, seconds) of each reading in turn: two halves of each part, if these are not too small."""
+        counts, seconds = self._plan.workers, self._plan.seconds
+        if min(map(len, parts)) < 2 * _FEWEST_FILES * max(1, *counts):
+            return [(workers, part, seconds) for workers, part in zip(counts, parts, strict=True)]
+        turns = [(workers, part[::2], seconds / 2) for workers, part in zip(counts, parts, strict=True)]
+        back = [(workers, part[1::2], seconds / 2) for workers, part in zip(counts, parts, strict=True)]
+        return turns + back[::-1]
+
+    def _read(
+        self, session: Session, root: Path, way: str, workers: int, paths: Sequence[str], seconds: float
+    ) -> Measurement:
         """Raises CachefsError if nothing at all could be read."""
-        seconds = self._plan.seconds
         said = session.ask(
             "read", seconds + _ANSWER_SECONDS, root=os.fspath(root), paths=paths, workers=workers, seconds=seconds,
             decode=self.sample.decodes,
@@ -258,19 +284,22 @@ class Trial:
                 f"no file of {self._plan.source} can be read: {said['reason'] or 'none in time'}",
                 "check its permissions",
             )
-        return Measurement(way, workers, **said)
+        measured = Measurement(way, workers, **said)
+        return replace(measured, rates=(measured.rate,))
 
     def _read_passes(self, session: Session, root: Path, way: str, workers: int, paths: Sequence[str]) -> Measurement:
-        """Some passes, until they took as long together as a measurement may: one of few files is over soon."""
+        """Some passes, until they took half as long together as a measurement may: one of few files is over soon. They
+        count as one reading."""
         measured: Measurement | None = None
+        seconds = self._plan.seconds / 2
         for _ in range(_MOST_PASSES):
             drop_page_cache(self._folder / "scratch" / "files")
-            one = self._read(session, root, way, workers, paths)
+            one = self._read(session, root, way, workers, paths, seconds)
             measured = one if measured is None else measured.plus(one)
-            if measured.seconds >= self._plan.seconds:
+            if measured.seconds >= seconds:
                 break
         assert measured is not None
-        return measured
+        return replace(measured, rates=(measured.rate,))
 
     def _read_all(self, session: Session, root: Path) -> bool:
         """Read also what has not been read yet. False if there is too little time for that."""
@@ -304,6 +333,19 @@ def _come_to_rest(promoted: Callable[[], int], files: int) -> None:
         time.sleep(_LOOK_SECONDS)
         if (now := promoted()) != number:
             number, changed = now, time.monotonic()
+
+
+def together(readings: Iterable[Measurement]) -> list[Measurement]:
+    """All of the same way and number of workers as one, in the order of these."""
+    made: dict[tuple[int, int], Measurement] = {}
+    for each in readings:
+        key = WAYS.index(each.way), each.workers
+        made[key] = made[key].plus(each) if key in made else each
+    return [made[key] for key in sorted(made)]
+
+
+def _there_and_back(counts: Sequence[int]) -> Sequence[int]:
+    return [*counts, *reversed(counts)]
 
 
 def share_out(files: Sequence[tuple[str, int]], parts: int, seed: int) -> list[list[str]]:

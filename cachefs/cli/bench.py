@@ -22,7 +22,7 @@ from rich.text import Text
 
 from cachefs.bench.recommendation import CLOSE, Recommendation, recommend
 from cachefs.bench.session import StoppedError
-from cachefs.bench.trial import DIRECT, FIRST, LATER, WAYS, Measurement, Plan, Sample, Served, Trial
+from cachefs.bench.trial import DIRECT, FIRST, LATER, WAYS, Measurement, Plan, Sample, Served, Trial, together
 from cachefs.cli.options import ConfiguredCommand, nonempty_path, scratch_option, scratch_path
 from cachefs.cli.printing import complain, count, printable, say
 from cachefs.config import Settings, format_size
@@ -221,7 +221,7 @@ def _try(plan: Plan, trial: Trial) -> tuple[list[Measurement], Sample]:
             results.append(result)
             tell(f"{result.way}, {count(result.workers, 'worker')}: {result.rate:,.0f} files/s")
     say(f"{part} in {plan.source}, {each} each, for {plan.seconds:g} s a time at most")
-    return results, sample
+    return together(results), sample
 
 
 def _print_chart(console: Console, results: Sequence[Measurement]) -> None:
@@ -264,6 +264,10 @@ def _explain(plan: Plan, sample: Sample, results: Sequence[Measurement], served:
     yield f"What the page cache has of a file was dropped before it was read{unknown}."
     if cached := sum(each.cached for each in results if each.way == DIRECT):
         yield f"Of {count(cached, 'file')} read directly something stayed: they are new, in use, or in memory anyway."
+    spreads = [(each.highest - each.lowest) / each.rate for each in results if len(each.rates) > 1 and each.rate]
+    if spreads:
+        mean, most = sum(spreads) / len(spreads), max(spreads)
+        yield f"Two readings with the same number of workers differ by {mean:.0%} on the average, {most:.0%} at most."
     if sample.is_shared:
         yield "There are few files: all numbers of workers have read the same ones, and one of them the first epoch."
     yield "Nothing was fetched ahead, which makes a real first epoch faster where directories are read through."
@@ -300,9 +304,17 @@ def _advise(plan: Plan, scratch: Path | None, advice: Recommendation) -> Iterato
     counts = ",".join(str(each) for each in (most, 2 * most, 4 * most) if each <= _MOST_WORKERS)
     try_more = f"more than {most} workers may bring more" + (f": try --workers {counts}.)" if "," in counts else ".)")
     more = f"  (Directly {try_more}"
-    if not advice.is_worth_it:
+    if advice.also_close:
+        numbers = ", ".join(map(str, advice.also_close))
+        fewest += f"; about the same with {numbers}, as far as its readings tell"
+    if advice.is_same:
+        yield f"cachefs brings about the same here: {rates}, but two readings differ by more. Read it directly:"
+        yield f"  python train.py        {fewest}"
+        yield f"  (Longer readings tell more: try --seconds {min(600.0, 3 * plan.seconds):g}.)"
+    elif not advice.is_worth_it:
         yield f"cachefs brings little here: {rates}, {advice.speed_up:.1f} times as many. Read it directly:"
         yield f"  python train.py        {fewest}"
+    if not advice.is_worth_it:
         if advice.is_direct_rising:
             yield more
         return

@@ -27,7 +27,9 @@ from cachefs.bench.trial import (
     Measurement,
     Plan,
     Served,
+    Trial,
     share_out,
+    together,
 )
 from cachefs.cli.bench import _advise, _how_served
 from cachefs.demo.dataset import make_dataset
@@ -85,6 +87,7 @@ def test_a_slow_source(place: Place, slow: SlowSource):
         assert rate(first) > 0
         assert float(ratio.removesuffix(" x")) > 1
     assert "what its file server has cached is not known" in done.stdout
+    assert re.search(r"Two readings with the same number of workers differ by \d+% on the average", done.stdout)
     bars = re.findall(r"^ *(direct|first epoch|later epochs), +(\d) workers +[\d,.]+  █+$", done.stdout, re.MULTILINE)
     assert bars == [(way, workers) for way in (DIRECT, FIRST, LATER) for workers in ("0", "2")]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("  cachefs run "))
@@ -142,6 +145,18 @@ def test_how_later_epochs_were_served():
 
 def test_a_file_that_is_promoted_without_its_directory():
     assert PROMOTED_ALONE_BYTES == LARGE_FILE_BYTES
+
+
+def test_readings_in_two_orders(own_place: Place):
+    """What a server warms in the course of time favours no number of workers; and no file is read directly twice."""
+    files = [(f"{number}", 1) for number in range(400)]
+    trial = Trial(Plan(own_place.source, own_place.path, (0, 2, 4), 3.0, 400, 0, False, 0))
+    turns = trial._turns(share_out(files, 3, seed=0))
+    assert [(workers, seconds) for workers, _, seconds in turns] == [(k, 1.5) for k in (0, 2, 4, 4, 2, 0)]
+    read = [path for _, part, _ in turns for path in part]
+    assert sorted(read) == sorted(path for path, _ in files)
+    few = trial._turns(share_out(files[:100], 3, seed=0))
+    assert [(workers, seconds) for workers, _, seconds in few] == [(k, 3.0) for k in (0, 2, 4)]
 
 
 def test_few_files(place: Place):
@@ -548,6 +563,28 @@ class TestRecommendation:
         assert "(More than 8 workers may bring more: try --workers 8,16,32.)" in told(1, 4, 8)
         assert "(More than 32 workers may bring more: try --workers 32,64.)" in told(1, 32)
         assert "(More than 64 workers may bring more.)" in told(1, 64)
+
+    def test_what_is_within_the_spread_of_two_readings_is_about_the_same(self):
+        """It was decided by a threshold of one reading each."""
+
+        def told(direct: dict[int, tuple[float, float]], later: dict[int, tuple[float, float]]) -> str:
+            ways = (DIRECT, direct), (LATER, later)
+            readings = [(way, k, rates[turn]) for turn in (0, 1) for way, of in ways for k, rates in of.items()]
+            results = together(
+                Measurement(way, k, 10.0, round(10 * rate), 1, rates=(rate,)) for way, k, rate in readings
+            )
+            plan = Plan(Path("/data"), Path("/tmp"), (1, 4), 1.0, 1, 0, False, 0)
+            return "\n".join(_advise(plan, None, recommend(results)))
+
+        assert "brings about the same here: 130 files/s" in told(
+            {1: (50, 50), 4: (80, 120)}, {1: (50, 50), 4: (110, 150)}
+        )
+        assert "brings 1.3 times as many" in told({1: (50, 50), 4: (99, 101)}, {1: (50, 50), 4: (110, 150)})
+        clear = told({1: (50, 52), 4: (99, 101)}, {1: (300, 310), 4: (480, 500)})
+        assert "about the same" not in clear
+        assert "num_workers=4" in clear
+        noisy = told({1: (50, 52), 4: (99, 101)}, {1: (300, 490), 4: (480, 500)})
+        assert "num_workers=4, the fewest with 90% of the best rate; about the same with 1," in noisy
 
     def test_no_workers_at_all_only_if_nothing_else_was_tried(self):
         assert fewest_close({0: 100.0, 1: 50.0}) == 1
