@@ -29,8 +29,10 @@ class Recommendation:
     """So was reading through the mount."""
     is_same: bool = False
     """The two readings of the best of one way differ by more than those of both ways do."""
+    is_least: bool = False
+    """Nothing was decoded, so `workers` is what reading alone wants; a loader that does something may want more."""
     also_close: tuple[int, ...] = ()
-    """Fewer workers than these, which may be as good: their readings overlap with those of the best."""
+    """Fewer workers, which may be as good: their readings overlap with those of the best."""
 
     @property
     def speed_up(self) -> float:
@@ -56,7 +58,8 @@ def recommend(measurements: Iterable[Measurement]) -> Recommendation:
     made = Recommendation(workers, direct_workers, best_direct, best_later, is_rising, is_later_rising, is_same)
     way = LATER if made.is_worth_it else DIRECT
     workers = workers if made.is_worth_it else direct_workers
-    return replace(made, workers=workers, also_close=_also_close(made_of[way], workers))
+    is_least = not any(each.decoded for of in made_of.values() for each in of.values())
+    return replace(made, workers=workers, is_least=is_least, also_close=_also_close(made_of[way], workers))
 
 
 def _also_close(measured: Mapping[int, Measurement], workers: int) -> tuple[int, ...]:

@@ -299,7 +299,8 @@ def _advise(plan: Plan, scratch: Path | None, advice: Recommendation) -> Iterato
     """The line to type, with the scratch that the user has just typed."""
     yield ""
     rates = f"{advice.later_rate:,.0f} files/s in later epochs against {advice.direct_rate:,.0f} directly"
-    fewest = f"with num_workers={advice.workers}, the fewest with {CLOSE:.0%} of the best rate"
+    bound = " at least" if advice.is_least else ""
+    fewest = f"with num_workers={advice.workers}{bound}, the fewest with {CLOSE:.0%} of the best rate"
     most = max(plan.workers)
     counts = ",".join(str(each) for each in (most, 2 * most, 4 * most) if each <= _MOST_WORKERS)
     try_more = f"more than {most} workers may bring more" + (f": try --workers {counts}.)" if "," in counts else ".)")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -164,6 +165,7 @@ def test_few_files(place: Place):
     assert "There are few files" in done.stdout
     assert "may have helped those that read directly" in done.stdout
     assert "none is an image" in done.stdout
+    assert "num_workers=2 at least, " in done.stdout
     assert [row[1] != "" for _, row in sorted(rows(done.stdout).items())] == [False, True]
 
 
@@ -571,7 +573,7 @@ class TestRecommendation:
             ways = (DIRECT, direct), (LATER, later)
             readings = [(way, k, rates[turn]) for turn in (0, 1) for way, of in ways for k, rates in of.items()]
             results = together(
-                Measurement(way, k, 10.0, round(10 * rate), 1, rates=(rate,)) for way, k, rate in readings
+                Measurement(way, k, 10.0, round(10 * rate), 1, rates=(rate,), decoded=1) for way, k, rate in readings
             )
             plan = Plan(Path("/data"), Path("/tmp"), (1, 4), 1.0, 1, 0, False, 0)
             return "\n".join(_advise(plan, None, recommend(results)))
@@ -585,6 +587,14 @@ class TestRecommendation:
         assert "num_workers=4" in clear
         noisy = told({1: (50, 52), 4: (99, 101)}, {1: (300, 490), 4: (480, 500)})
         assert "num_workers=4, the fewest with 90% of the best rate; about the same with 1," in noisy
+
+    def test_without_decoding_it_is_a_lower_bound(self):
+        """Reading a .npy costs so little that one worker does it: what the loader does with it was not measured."""
+        plan = Plan(Path("/data"), Path("/tmp"), (1, 4), 1.0, 1, 0, False, 0)
+        read = [Measurement(way, k, 1.0, rate, 1) for way, rate in ((DIRECT, 10), (LATER, 100)) for k in (1, 4)]
+        decoded = [replace(each, decoded=each.files) for each in read]
+        for results, says in (read, "with num_workers=1 at least, "), (decoded, "with num_workers=1, "):
+            assert says in "\n".join(_advise(plan, None, recommend(results)))
 
     def test_no_workers_at_all_only_if_nothing_else_was_tried(self):
         assert fewest_close({0: 100.0, 1: 50.0}) == 1
