@@ -43,8 +43,9 @@ _PR_SET_PDEATHSIG = 1
 class Found:
     """Regular files below a directory, as [relative path, size] in random order: a sample, or all of them.
 
-    `seen` were counted; `is_all` says that there are no more. `too_large` and `empty` are those of the sample that were
-    left out, as were all `links` that were seen. All files of the directories `whole` are in the sample.
+    `seen` were counted, and with `is_counted` there are no more; `is_all`: all of them are here. `too_large` and
+    `empty` are those of the sample that were left out, as were all `links` that were seen. All files of the directories
+    `whole` are in the sample.
     """
 
     files: list[tuple[str, int]]
@@ -55,6 +56,7 @@ class Found:
     unreadable_directories: int
     too_large_bytes: int = 0
     links: int = 0
+    is_counted: bool = True
     whole: list[str] = field(default_factory=list)
 
 
@@ -113,11 +115,12 @@ def find(root: str, seconds: float, most: int, largest: int, seed: int) -> Found
     files = [(path, size) for path, size in zip(chosen, sizes, strict=True) if size is not None]
     fitting = [(path, size) for path, size in files if 0 < size <= largest]
     large = [size for _, size in files if size > largest]
-    is_all = not pending and not unreadable and seen == len(chosen)
+    is_counted = not pending and not unreadable
+    is_all = is_counted and seen == len(chosen)
     empty = len(files) - len(fitting) - len(large)
     chosen_in_folder = Counter(map(os.path.dirname, chosen))
     whole = [folder for folder, number in chosen_in_folder.items() if number == in_folder.get(folder)]
-    return Found(fitting, seen, is_all, len(large), empty, unreadable, sum(large), links, whole)
+    return Found(fitting, seen, is_all, len(large), empty, unreadable, sum(large), links, is_counted, whole)
 
 
 def _size(path: str) -> int | None:

@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import select
@@ -49,6 +50,15 @@ class StoppedError(Exception):
 def adopt_orphans() -> None:
     """Whoever outlives the process of ours that has started it is a child of ours from now on, so that it is found."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def what_to_do(reason: str) -> str:
+    """About files that cannot be read, with what the kernel says of it."""
+    if reason in map(os.strerror, (errno.EACCES, errno.EPERM)):
+        return "check its permissions"
+    if reason in map(os.strerror, (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN)):
+        return "was it moved or unmounted meanwhile?"
+    return "look after its file server or disk"
 
 
 def _is_held(process: psutil.Process) -> bool:
@@ -143,7 +153,7 @@ class Session:
             raise self._failure() from None
         said: dict[str, Any] = json.loads(self._receive(timeout))
         if "error" in said:
-            raise CachefsError(f"the files cannot be read: {said['error']}")
+            raise CachefsError(f"the files cannot be read: {said['error']}", what_to_do(said["error"]))
         return said["answer"]
 
     def _receive(self, timeout: float) -> bytes:

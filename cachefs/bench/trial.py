@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefs.bench.reader import Found
-from cachefs.bench.session import Session, adopt_orphans, remaining
+from cachefs.bench.session import Session, adopt_orphans, remaining, what_to_do
 from cachefs.config import RESERVED_SHARE
 from cachefs.errors import CachefsError, describe
 
@@ -280,10 +280,9 @@ class Trial:
             decode=self.sample.decodes,
         )  # fmt: skip
         if not said["files"]:
-            raise CachefsError(
-                f"no file of {self._plan.source} can be read: {said['reason'] or 'none in time'}",
-                "check its permissions",
-            )
+            reason = said["reason"]
+            hint = what_to_do(reason) if reason else "give it more --seconds"
+            raise CachefsError(f"no file of {self._plan.source} can be read: {reason or 'none in time'}", hint)
         measured = Measurement(way, workers, **said)
         return replace(measured, rates=(measured.rate,))
 

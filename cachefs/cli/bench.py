@@ -214,7 +214,8 @@ def _try(plan: Plan, trial: Trial) -> tuple[list[Measurement], Sample]:
                 status.update(Text(step))
 
         found = count(sample.found.seen, "file")
-        part = f"All of {found}" if sample.found.is_all else f"A sample of {sample.files:,}, of {found} or more,"
+        more = "" if sample.found.is_counted else " or more"
+        part = f"All of {found}" if sample.found.is_all else f"A sample of {sample.files:,}, of {found}{more},"
         each = format_size(sample.bytes / sample.files)
         tell("reading directly")
         for result in trial.measurements():

@@ -101,7 +101,7 @@ def test_a_slow_source(place: Place, slow: SlowSource):
 def test_a_sample_of_it(place: Place, slow: SlowSource):
     slow.reset()
     done = try_out(place, slow.path, *BRIEF, "--files", "40", env={"CACHEFS_SCRATCH": str(place.scratch)})
-    assert f"A sample of 40, of {FILES} files or more, in {slow.path}" in done.stdout
+    assert f"A sample of 40, of {FILES} files, in {slow.path}" in done.stdout
     opened = [path for path, counts in slow.statistics().files.items() if counts.opens and path.endswith(b".jpg")]
     assert len(opened) <= 40, "nothing is fetched that is not in the sample"
     assert "--scratch" not in next(line for line in done.stdout.splitlines() if line.startswith("  cachefs run "))
@@ -378,15 +378,23 @@ class TestRefused:
         own_place.make("directory.png")
         own_place.refused("bench", own_place.source, option, value, code=2, says=says)
 
-    def test_a_source_whose_reads_fail(self, own_place: Place, slow_source: Callable[..., SlowSource]):
+    @pytest.mark.parametrize(
+        ("op", "errno", "says"),
+        [
+            ("read", "EIO", "Input/output error: look after its file server or disk"),
+            ("open", "ENOENT", "No such file or directory: was it moved or unmounted meanwhile?"),
+            ("open", "EACCES", "Permission denied: check its permissions"),
+        ],
+    )
+    def test_a_source_whose_reads_fail(
+        self, own_place: Place, slow_source: Callable[..., SlowSource], op: str, errno: str, says: str
+    ):
         slow = slow_source(own_place.source)
-        slow.fail(op="read", errno="EIO")
+        slow.fail(op=op, errno=errno)
         before = own_place.snapshot()
         done = own_place.run("bench", slow.path, *BRIEF, "--scratch", own_place.scratch)
         assert done.returncode == 1
-        assert done.stderr == (
-            f"cachefs: no file of {slow.path} can be read: Input/output error: check its permissions\n"
-        )
+        assert done.stderr == f"cachefs: no file of {slow.path} can be read: {says}\n"
         assert_nothing_is_left(own_place, before)
 
 
@@ -622,7 +630,8 @@ def test_what_is_found_and_what_is_left_out(tmp_path: Path):
     assert (found.too_large_bytes, found.links) == (1000, 1)
     assert found.whole == [""]
     some = find(str(tmp_path), 10.0, 2, 100, 0)
-    assert (some.is_all, some.whole) == (False, [])
+    assert (some.is_all, some.is_counted, some.whole) == (False, True, [])
+    assert not find(str(tmp_path), 0.0, 2, 100, 0).is_counted
 
 
 def test_the_reader_knows_of_no_cache():
