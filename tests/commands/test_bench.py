@@ -108,14 +108,12 @@ def test_a_sample_of_it(place: Place, slow: SlowSource):
     assert "Later epochs were served by the daemon" in done.stdout
 
 
-def test_files_that_are_all_there_are_served_from_scratch(own_place: Place):
-    """Where we may mount. Read directly they are as fast, and it says so."""
-    place = own_place
-    make_dataset(place.source, files=60, classes=2, mean_bytes=SIZE)
-    done = try_out(place, place.source, *BRIEF, "--scratch", place.scratch)
+def test_files_that_are_all_there_are_served_from_scratch(place: Place, slow: SlowSource):
+    """Where we may mount."""
+    slow.set(latency=0.002)
+    done = try_out(place, slow.path, "--workers", "0,2", "--seconds", "1.5", "--scratch", place.scratch)
     assert "Later epochs were served from scratch directly, because all files are there." in done.stdout
-    if "brings little" in done.stdout:
-        assert re.search(r"^  python train.py +with num_workers=2,", done.stdout, re.MULTILINE)
+    assert re.search(r"^  cachefs run .* -- python train.py +with num_workers=2,", done.stdout, re.MULTILINE)
 
 
 def test_a_sample_of_directories_that_are_there_as_a_whole(own_place: Place):
@@ -206,18 +204,22 @@ def test_ascii_output(own_place: Place):
 
 @needs_root
 @pytest.mark.parametrize("whose", ["own", "foreign"])
-def test_where_only_fusermount3_mounts(ordinary_place: Place, whose: str):
+def test_where_only_fusermount3_mounts(ordinary_place: Place, slow_source: Callable[..., SlowSource], whose: str):
     """The mount is beside the source then, which need not be the user's own."""
     place = ordinary_place
+    backing = place.make("backing")
+    make_dataset(backing, files=FILES, classes=3, mean_bytes=SIZE)
     if whose == "foreign":
-        os.chown(place.source, 0, 0)
+        os.chown(backing, 0, 0)
+        backing.chmod(0o1755)
+    slow = slow_source(backing, latency=LATENCY, allow_other=True)
     options = (*BRIEF, "--scratch", place.scratch)
     mounts = ("--mount", "--propagation", "unchanged")
-    done = place.run_with_namespaces_limited(*CACHEFS, "bench", place.source, *options, unshare=mounts)
+    done = place.run_with_namespaces_limited(*CACHEFS, "bench", slow.path, *options, unshare=mounts)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert "Later epochs were served by the daemon" in done.stdout
-    if "cachefs run" in done.stdout:
-        assert (f"--data {place.source}:DIR" in done.stdout) == (whose == "foreign")
+    assert f"cachefs run --data {slow.path}" in done.stdout
+    assert (f"--data {slow.path}:DIR" in done.stdout) == (whose == "foreign")
     assert not [path for path in place.path.iterdir() if path.name.startswith("cachefs-bench-")]
 
 
