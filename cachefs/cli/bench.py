@@ -72,7 +72,7 @@ def _finite(ctx: click.Context, parameter: click.Parameter, value: float) -> flo
     default=3.0,
     show_default=True,
     callback=_finite,
-    help="Of each reading, at most",
+    help="For each number, at most: directly, of a first epoch, and of later ones",
 )
 @click.option(
     "--files", type=click.IntRange(1, 100_000), default=4000, show_default=True, help="In the sample, at most"
@@ -271,6 +271,7 @@ def _explain(plan: Plan, sample: Sample, results: Sequence[Measurement], served:
         yield f"Two readings with the same number of workers differ by {mean:.0%} on the average, {most:.0%} at most."
     if sample.is_shared:
         yield "There are few files: all numbers of workers have read the same ones, and one of them the first epoch."
+        yield "So what a file server has cached of them may have helped those that read directly."
     yield "Nothing was fetched ahead, which makes a real first epoch faster where directories are read through."
     yield _how_served(served, is_all=sample.found.is_all)
     if sample.found.links:
