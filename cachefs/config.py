@@ -145,6 +145,8 @@ class Settings:
     memory: Capacity | None = None
     """Of the memory tier; a share is of the memory that the job may have."""
     memory_path: Path = DEFAULT_MEMORY_PATH
+    is_memory_optional: bool = False
+    """Where there can be no memory tier, it goes without."""
     policy: str = "auto"
     prefetch: str = "auto"
     metadata_ttl: float = 3600.0

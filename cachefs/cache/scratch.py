@@ -24,7 +24,7 @@ import os
 import signal
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,7 @@ def undisturbed() -> Iterator[set[int | signal.Signals]]:
 
 def _claim(path: Path, waiting_mask: set[int | signal.Signals]) -> Scratch:
     made, fd = _make_and_lock(path, waiting_mask)
+    is_just_made = made
     try:
         names = os.listdir(fd)
         is_new = MARK not in names or _is_unwritten(fd)
@@ -103,12 +104,25 @@ def _claim(path: Path, waiting_mask: set[int | signal.Signals]) -> Scratch:
                 os.mkdir(name, 0o700, dir_fd=fd)
         _refuse_foreign(fd, path)
     except OSError as error:
+        if is_just_made:
+            _unmake(path, fd)
         os.close(fd)
         raise CachefsError(f"scratch {path} is not usable: {describe(error)}", _CHOOSE) from None
     except BaseException:
         os.close(fd)
         raise
     return Scratch(path, fd, made, is_new=is_new)
+
+
+def _unmake(path: Path, fd: int) -> None:
+    """Remove a directory that could not be made scratch; its lock is held, so it is as it was made."""
+    with suppress(OSError):
+        os.unlink(MARK, dir_fd=fd)
+    for name in DIRECTORIES:
+        with suppress(OSError):
+            os.rmdir(name, dir_fd=fd)
+    with suppress(OSError):
+        os.rmdir(path)
 
 
 def _refuse_unsafe_parents(path: Path) -> None:

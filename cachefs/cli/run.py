@@ -22,7 +22,7 @@ from cachefs.config import Settings, format_size
 from cachefs.errors import CachefsError, ShardError, UsageError, describe
 from cachefs.mount.checks import check_capacity, check_paths, warnings
 from cachefs.mount.job import Watched, find_command, run_command
-from cachefs.mount.memory import check_memory
+from cachefs.mount.memory import WITHOUT, check_memory
 from cachefs.mount.mountinfo import FSTYPE, Mount, containing_mount, find_mount, resolve_mountpoint
 from cachefs.mount.namespaces import join_namespaces
 from cachefs.mount.rendezvous import Attendance, attend, fork_keeper
@@ -238,6 +238,7 @@ def _settings_of(data: Sequence[str], scratch: Path, options: dict[str, Any]) ->
             source=target if mountpoint is None else Path(os.path.realpath(source)),
             mountpoint=target,
             scratch=scratch,
+            is_memory_optional=True,
             **options,
         )
         for other in made:
@@ -254,7 +255,7 @@ def _settings_of(data: Sequence[str], scratch: Path, options: dict[str, Any]) ->
         try:
             check_memory(settings)
         except CachefsError as error:
-            _tell_user(f"warning: {error}; there is no memory tier")
+            _tell_user(f"warning: {error}; {WITHOUT}")
             settings = replace(settings, memory=None)
         yield settings
 

@@ -18,7 +18,7 @@ from typing import TextIO
 from cachefs.cache.scratch import Scratch, claim_scratch, unlock_scratch
 from cachefs.config import Settings
 from cachefs.errors import CachefsError, ShardError
-from cachefs.mount.memory import claim_memory, free_memory
+from cachefs.mount.memory import WITHOUT, MemoryTierError, claim_memory, give_up_memory
 from cachefs.mount.notify import ServiceManager
 from cachefs.mount.purge import purge
 from cachefs.mount.serve import KEEPER_SIGNAL, OnReady, lay_grounds, open_source, serve
@@ -147,16 +147,19 @@ def _serve(
     scratch = claim_scratch(settings.scratch)
     if log_file:
         _log_to(logging.StreamHandler(_new_log(scratch)), settings)
-    memory = None
+    memory, warnings = None, []
     try:
-        memory = claim_memory(settings, scratch)
+        try:
+            memory = claim_memory(settings, scratch)
+        except MemoryTierError as error:
+            if not settings.is_memory_optional:
+                raise
+            warnings.append(f"{error}; {WITHOUT}")
         keep_informed = manager.keep_informed if manager else None
-        serve(lay_grounds(settings, source_fd, scratch, memory), on_ready, on_starting, keep_informed)
+        serve(lay_grounds(settings, source_fd, scratch, memory, warnings), on_ready, on_starting, keep_informed)
     except CachefsError:
         if memory is not None:
-            unlock_scratch(memory.scratch.fd)
-            with suppress(CachefsError):
-                free_memory(memory.scratch.path)
+            give_up_memory(memory.scratch)
         unlock_scratch(scratch.fd)
         if scratch.is_new:
             with suppress(CachefsError):  # another mount may use it by now

@@ -12,20 +12,27 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachefs.cache.scratch import MEMORY, Scratch, claim_scratch
+from cachefs.cache.scratch import MEMORY, Scratch, claim_scratch, unlock_scratch
 from cachefs.cache.storage import Storage
 from cachefs.config import Capacity, Settings, format_size
-from cachefs.errors import CachefsError, UsageError
+from cachefs.errors import CachefsError, UsageError, describe
 from cachefs.mount.leases import boot_id
 from cachefs.mount.limits import read_limits
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount
 from cachefs.mount.purge import ScratchInUseError, is_ours, purge
 
+WITHOUT = "there is no memory tier"
+"""What is said where it goes without one, after the reason."""
 _CHOOSE = "choose a smaller --memory"
+
+
+class MemoryTierError(CachefsError):
+    """A memory tier cannot be."""
 
 
 def memory_path(settings: Settings) -> Path:
@@ -87,17 +94,43 @@ class MemoryPlace:
 
 
 def claim_memory(settings: Settings, scratch: Scratch) -> MemoryPlace | None:
-    """The place of the memory tier, None without one. Raises CachefsError."""
+    """The place of the memory tier, None without one. Raises MemoryTierError."""
     if settings.memory is None:
         return None
     path = memory_path(settings)
-    free_memory(path)
-    free_orphans(settings.memory_path)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(MEMORY, flags, 0o600, dir_fd=scratch.fd), "wb") as file:
-        file.write(os.fsencode(path))
-    place = claim_scratch(path)
-    return MemoryPlace(place, Storage(place.fd, boot_id()), memory_size(settings.memory))
+    with memory_errors(path):
+        free_memory(path)
+        free_orphans(settings.memory_path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(MEMORY, flags, 0o600, dir_fd=scratch.fd), "wb") as file:
+            file.write(os.fsencode(path))
+        place = claim_scratch(path)
+        try:
+            return MemoryPlace(place, Storage(place.fd, boot_id()), memory_size(settings.memory))
+        except OSError:
+            give_up_memory(place)
+            raise
+
+
+@contextmanager
+def memory_errors(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with the tier at `path` into a MemoryTierError: it is not scratch that fails."""
+    try:
+        yield
+    except CachefsError as error:
+        reason = str(error.args[0])
+    except OSError as error:
+        reason = f"{path} cannot be used: {describe(error)}"
+    else:
+        return
+    raise MemoryTierError(f"memory tier: {reason}", "choose another with --memory-path")
+
+
+def give_up_memory(place: Scratch) -> None:
+    """Remove a tier that was claimed, where no mount came of it and no other uses it."""
+    unlock_scratch(place.fd)
+    with suppress(CachefsError):
+        free_memory(place.path)
 
 
 def free_memory(path: Path) -> None:

@@ -46,7 +46,7 @@ from cachefs.mount.control import Send, serve_control
 from cachefs.mount.fuse_session import mounted_session
 from cachefs.mount.leases import boot_id
 from cachefs.mount.membership import Membership
-from cachefs.mount.memory import MemoryPlace
+from cachefs.mount.memory import WITHOUT, MemoryPlace, MemoryTierError
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount, mount_id_of
 from cachefs.mount.promotion import Promotion
 from cachefs.mount.sharding import NO_SHARD, DeclaredShare, take_share
@@ -97,6 +97,7 @@ class Grounds:
     watch: WriteWatch
     fork_server: ForkServer
     dataset: bytes
+    warnings: Sequence[str]
 
 
 def open_source(settings: Settings) -> int:
@@ -107,7 +108,9 @@ def open_source(settings: Settings) -> int:
         raise CachefsError(f"source {settings.source} cannot be opened: {describe(error)}") from None
 
 
-def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch, memory: MemoryPlace | None) -> Grounds:
+def lay_grounds(
+    settings: Settings, source_fd: int, scratch: Scratch, memory: MemoryPlace | None, warnings: Sequence[str]
+) -> Grounds:
     """Fork the fork server, which takes the source over. The process must have one thread."""
     storage, trees, watch = Storage(scratch.fd, boot_id()), Trees(scratch.fd), WriteWatch()
     storages = [storage] if memory is None else [storage, memory.storage]
@@ -131,7 +134,7 @@ def lay_grounds(settings: Settings, source_fd: int, scratch: Scratch, memory: Me
     fork_server = ForkServer.start(work, keep_fds=[source_fd, trees.fd, watch.fd, *of_storages])
     os.close(source_fd)  # the workers have it; the event loop never touches the source itself
     dataset = hashlib.blake2b(os.fsencode(settings.source), digest_size=16).digest()
-    return Grounds(settings, scratch, memory, storage, trees, watch, fork_server, dataset)
+    return Grounds(settings, scratch, memory, storage, trees, watch, fork_server, dataset, warnings)
 
 
 def serve(
@@ -171,9 +174,14 @@ async def _serve(
         membership = Membership(settings, grounds.scratch, grounds.storage, grounds.trees, grounds.dataset)
         stack.callback(membership.leave)
         ledger = membership.ledger
-        joined = None
+        joined, warned = None, [*grounds.warnings]
         if grounds.memory is not None:
-            joined = JoinedMemory(settings, grounds.memory, grounds.dataset, stack)
+            try:
+                joined = JoinedMemory(settings, grounds.memory, grounds.dataset, stack)
+            except MemoryTierError as error:
+                if not settings.is_memory_optional:
+                    raise
+                warned.append(f"{error}; {WITHOUT}")
         capacity = _capacity_bytes(settings, grounds.storage, ledger)
         residency = Residency(grounds.dataset, grounds.storage.boot, pools["index"], recency=settings.policy != "hold")
         stack.push_async_callback(_write_last, residency, membership)
@@ -280,7 +288,7 @@ async def _serve(
         ):
 
             def ready() -> None:
-                on_ready([] if declared is None else declared.warnings())
+                on_ready([*warned, *([] if declared is None else declared.warnings())])
                 if keep_informed is not None:
                     session_nursery.start_soon(keep_informed, lambda: status({}))
 

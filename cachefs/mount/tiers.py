@@ -21,7 +21,7 @@ from cachefs.errors import CachefsError
 from cachefs.metrics import Metrics
 from cachefs.mount.limits import find_memory_limit
 from cachefs.mount.membership import Membership
-from cachefs.mount.memory import MemoryPlace, free_memory
+from cachefs.mount.memory import MemoryPlace, free_memory, give_up_memory, memory_errors
 from cachefs.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -30,11 +30,19 @@ _LOOK_SECONDS = 0.1
 
 
 class JoinedMemory:
-    """A mount's part in a memory tier, which is left, and freed by whoever is the last, when `stack` ends."""
+    """A mount's part in a memory tier, which is left, and freed by whoever is the last, when `stack` ends.
+
+    Raises MemoryTierError where it cannot be joined.
+    """
 
     def __init__(self, settings: Settings, place: MemoryPlace, dataset: bytes, stack: AsyncExitStack) -> None:
         self._place = place
-        self._membership = Membership(settings, place.scratch, place.storage, Trees(place.scratch.fd), dataset)
+        with memory_errors(place.scratch.path):
+            try:
+                self._membership = Membership(settings, place.scratch, place.storage, Trees(place.scratch.fd), dataset)
+            except BaseException:
+                give_up_memory(place.scratch)
+                raise
         stack.callback(self._leave)
         self._membership.count_nothing()
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
+from cachefs.config import Settings
+from cachefs.mount.memory import memory_path
 from tests.commands.places import Place
+from tests.conftest import needs_root
 from tests.harness import run_cachefs
 
 TIB = "100T"
@@ -110,3 +114,48 @@ def test_somebody_elses_directory(own_place: Place, shm: Path):
     finally:
         (victim / "thesis").unlink()
         victim.rmdir()
+
+
+@needs_root
+def test_another_users_directory(own_place: Place, shm: Path):
+    """Its name can be guessed: `mount` is refused, and a run goes without the tier."""
+    place = own_place
+    victim = memory_path(Settings(place.source, place.source, place.scratch))
+    victim.mkdir(mode=0o700)
+    os.chown(victim, 12345, 12345)
+    try:
+        says = (f"{victim} is owned by uid 12345", "choose another with --memory-path")
+        place.refused(*mount(place, "--memory", "1M"), says=says)
+        assert_runs_without(place, "is owned by uid 12345", "--memory", "1M")
+    finally:
+        victim.rmdir()
+
+
+@needs_root
+@pytest.mark.parametrize("inodes", range(2, 12))
+def test_few_inodes(inodes: int, own_place: Place):
+    """Wherever they run out, nothing is left."""
+    small = own_place.make("small")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"nr_inodes={inodes}", "none", small], check=True)
+    try:
+        options = ("--memory", "1M", "--memory-path", small)
+        own_place.make("mountpoint")
+        says = ("No space left on device", "choose another with --memory-path")
+        own_place.refused(*mount(own_place, *options), says=says)
+        assert os.listdir(small) == []
+        assert_runs_without(own_place, "No space left on device", *options)
+        assert os.listdir(small) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def assert_runs_without(place: Place, says: str, *options: object) -> None:
+    """There is a mount, without a memory tier."""
+    ask = f"{sys.executable} -m cachefs status --json {place.source}"
+    done = place.run("run", "--data", place.source, "--scratch", place.scratch, *options, "--", "sh", "-c", ask)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("cachefs: warning: ")]
+    assert says in line
+    assert line.endswith("there is no memory tier")
+    (tier,) = json.loads(done.stdout)["tiers"]
+    assert tier["path"] == str(place.scratch)
