@@ -12,16 +12,18 @@ When files move:
 - down, the least recently used first, when there was no room, until there is some again, or none below;
 - down, all of them, when nothing has been fetched for a while and the mount promotes: a directory can be mounted
   directly only from one place, and what is mounted directly costs nothing, while the page cache keeps it in memory;
-- up, what was opened in scratch four times since the least recently used file here was: not even one of them in epochs
-  of a job that opens each file once, where trading places brings nothing. For trades a small part of the capacity is
-  kept free, so that they work when everything is full.
+- up, what was used in scratch four times since the least recently used file here was: not even one of them in epochs
+  of a job, where trading places brings nothing. Opens close together are one use (LRU-K's correlated reference period;
+  O'Neil et al., SIGMOD 1993): of a header and then of all, say, or by ranks at roughly the same position of an epoch.
+  Close is an eighth of the opens since the least recently used file here was. For trades a small part of the capacity
+  is kept free, so that they work when everything is full.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,7 @@ _TICK_SECONDS = 1.0
 _QUIET_SECONDS = 2.0
 _SUSPEND_SECONDS = 10.0
 _USES = 4
+_CORRELATED_SHARE = 1 / 8
 _FOLLOWED = 4096
 """Files of scratch whose uses are remembered."""
 
@@ -100,7 +103,7 @@ class MemoryTier(Tier):
         self._files: OrderedDict[bytes, _Kept] = OrderedDict()  # by the key of the path, the least recently used first
         self._superseded: list[bytes] = []
         self._opens = 0
-        self._uses: OrderedDict[bytes, deque[int]] = OrderedDict()
+        self._uses: OrderedDict[bytes, list[int]] = OrderedDict()
         self._hot: dict[bytes, tuple[bytes, bytes]] = {}
         self._doubles: set[bytes] = set()
         self._wanted = 0
@@ -165,12 +168,21 @@ class MemoryTier(Tier):
 
     def note_scratch_hit(self, name: bytes, path: bytes, version: bytes) -> None:
         """A file of scratch was opened."""
-        uses = self._uses.pop(name, None) or deque(maxlen=_USES)
-        uses.append(self._opens)
-        self._uses[name] = uses
+        if not self._files:
+            return
+        oldest = next(iter(self._files.values())).used
+        age = max(self._opens - oldest, len(self._files))  # what was fetched ahead may have come all at once
+        apart = age * _CORRELATED_SHARE
+        uses: list[int] = []
+        for use in self._uses.pop(name, ()):  # those of when everything here was younger may be one use by now
+            if not uses or use - uses[-1] >= apart / 2:
+                uses.append(use)
+        if not uses or self._opens - uses[-1] >= apart:
+            uses.append(self._opens)
+        self._uses[name] = uses = uses[-_USES:]
         if len(self._uses) > _FOLLOWED:
             self._uses.popitem(last=False)
-        if len(uses) == _USES and self._files and uses[0] > next(iter(self._files.values())).used:
+        if len(uses) == _USES and uses[0] > oldest:
             self._hot[name] = path, version
             self._woken.set()
 

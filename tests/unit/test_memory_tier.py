@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 
+import pytest
 import trio
 
 from cachefs.cache.capacity import CapacityKeeper
@@ -179,5 +181,71 @@ def test_what_was_open_while_it_moved_goes_later(tmp_path):
         assert not h.storages[1].has(name)
         assert h.tier.stored() == (0, 0)
         assert h.keeper.stored() == (SIZE, 1)
+
+    trio.run(main)
+
+
+class Epochs:
+    """A job: 30 of 100 files are in memory, the others in scratch."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.dice = random.Random(7)
+        self.files = []
+
+    async def fill(self) -> None:
+        for n in range(100):
+            self.files.append(await self.house.put(n, self.house.tier if n < 30 else self.house.keeper))
+
+    async def open(self, n: int) -> None:
+        house, file = self.house, self.files[n]
+        fd = house.tier.open(*file)
+        if fd is None:
+            fd = house.storages[0].open(file[0])
+            house.tier.note_scratch_hit(*file)
+        os.close(fd)
+        await house.tier._trade()
+
+    async def run(self, ranks: int, times: int) -> None:
+        """Each rank opens each file so many times in a row, and is up to 5 files ahead of another."""
+        order = self.dice.sample(range(100), 100)
+        opens = [(at + self.dice.uniform(0, 5), n) for _ in range(ranks) for at, n in enumerate(order)]
+        for _, n in sorted(opens):
+            for _ in range(times):
+                await self.open(n)
+
+
+@pytest.mark.parametrize(("ranks", "times"), [(1, 1), (1, 2), (1, 3), (1, 8), (2, 1), (4, 1), (2, 2)])
+def test_epochs_trade_nothing(ranks, times, tmp_path):
+    """Opens close together are one use: of the header and of all, say, or by several ranks."""
+    h = House(tmp_path, memory=31 * SIZE)
+
+    async def main():
+        epochs = Epochs(h)
+        await epochs.fill()
+        await epochs.run(ranks, times)
+        before = h.tier.moved_up
+        for _ in range(5):
+            await epochs.run(ranks, times)
+        assert h.tier.moved_up == before
+
+    trio.run(main)
+
+
+def test_what_is_opened_again_and_again_moves_up(tmp_path):
+    """In epochs, too, that open each file twice."""
+    h = House(tmp_path, memory=31 * SIZE)
+
+    async def main():
+        epochs = Epochs(h)
+        await epochs.fill()
+        for _ in range(3):
+            for at, n in enumerate(epochs.dice.sample(range(100), 100)):
+                await epochs.open(n)
+                await epochs.open(n)
+                if at % 25 == 24:  # every 50th open
+                    await epochs.open(99)
+        assert h.tier.moved_up == 1
+        assert h.storages[1].has(epochs.files[99][0])
 
     trio.run(main)
