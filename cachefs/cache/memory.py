@@ -228,15 +228,16 @@ class MemoryTier(Tier):
                 self.lose(freed)
 
     async def _shrink(self, size: int) -> None:
-        """Give back what the machine or the job needs more. What finds no room below is dropped."""
-        while self._files and size > 0:
+        """Give back what the machine or the job needs more. What finds no room below is dropped.
+
+        What is open stays: it keeps its memory as long, whatever becomes of its name.
+        """
+        tries = len(self._files)
+        while tries > 0 and self._files and size > 0:
             batch = self._oldest(size)
-            size -= sum(kept.size for kept in batch)
-            if not await self._move_down(batch):
-                for kept in batch:
-                    log.info("dropped for want of memory path=%r", kept.path)
-                    self._drop(kept.name, kept.size)
-                    self.dropped += 1
+            tries -= len(batch)
+            gone = await self._move_down(batch) or [kept for kept in batch if self._drop_unused(kept)]
+            size -= sum(kept.size for kept in gone)
 
     async def _make_room(self) -> None:
         if not self._wanted:
@@ -303,14 +304,14 @@ class MemoryTier(Tier):
                 break
         return chosen
 
-    async def _move_down(self, files: Sequence[_Kept]) -> bool:
-        """Move files to scratch, as far as there is room. Whether any has gone."""
+    async def _move_down(self, files: Sequence[_Kept]) -> list[_Kept]:
+        """Move files to scratch, as far as there is room. Those that have gone from here."""
         batch: list[_Kept] = []
         for kept in files:
             if not await self._below.try_reserve(kept.size):
                 break
             batch.append(kept)
-        has_gone = False
+        gone: list[_Kept] = []
         answers = await self._move([(kept.name, kept.version, kept.checksum) for kept in batch], to=self._below)
         for kept, (how, freed) in zip(batch, answers, strict=True):
             key = kept.name[:KEY_BYTES]
@@ -322,13 +323,13 @@ class MemoryTier(Tier):
                 if is_known:
                     self._files.move_to_end(key)
                 continue
-            has_gone = True
+            gone.append(kept)
             self._doubles.discard(kept.name)  # scratch has the only one now
             if is_known:
                 del self._files[key]
             if freed != GONE:  # else another mount has moved it, and taken it off the count
                 self.lose(freed)
-        return has_gone
+        return gone
 
     async def _move(self, files: list[tuple[bytes, bytes, bytes]], *, to: Tier) -> list[MoveResult]:
         """Move files, each (name, version, checksum), for which `to` has reserved room: how it went, of each."""
@@ -348,6 +349,24 @@ class MemoryTier(Tier):
             else:
                 to.release(size_of(version))
         return answers
+
+    def _drop_unused(self, kept: _Kept) -> bool:
+        """Remove a file that is not open. Whether it has gone; else it becomes the most recently used."""
+        key = kept.name[:KEY_BYTES]
+        is_known = self._files.get(key) is kept
+        freed = self.storage.remove(kept.name)
+        if freed == IN_USE:
+            if is_known:
+                self._files.move_to_end(key)
+            return False
+        if is_known:
+            del self._files[key]
+        self._doubles.discard(kept.name)
+        if freed != GONE:
+            log.info("dropped for want of memory path=%r", kept.path)
+            self.lose(freed)
+            self.dropped += 1
+        return True
 
     def _drop(self, name: bytes, size: int) -> None:
         kept = self._files.get(name[:KEY_BYTES])

@@ -249,3 +249,27 @@ def test_what_is_opened_again_and_again_moves_up(tmp_path):
         assert h.storages[1].has(epochs.files[99][0])
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("room", ["none below", "below"])
+def test_what_is_open_is_not_dropped(room, tmp_path):
+    """It would give nothing back: what memory is needed otherwise comes from what is not open."""
+    h = House(tmp_path, scratch=0 if room == "none below" else 100 * SIZE)
+
+    async def main():
+        files = [await h.put(n, h.tier) for n in range(12)]
+        fds = [h.storages[1].open(files[n][0]) for n in range(9)]
+        await h.tier._shrink(2 * SIZE)
+        there = [n for n in range(12) if h.storages[1].has(files[n][0])]
+        assert there == [*range(9), 11]
+        assert h.tier.stored() == (10 * SIZE, 10)
+        assert len(h.tier._files) == 10
+        await h.tier._shrink(100 * SIZE)
+        assert h.tier.stored() == (9 * SIZE, 9)
+        for fd in fds:
+            os.close(fd)
+        await h.tier._shrink(100 * SIZE)
+        assert h.tier.stored() == (0, 0)
+        assert h.tier.dropped == (12 if room == "none below" else 0)
+
+    trio.run(main)
