@@ -255,18 +255,15 @@ class CopyHandlers:
 
     def _move(
         self, files: list[tuple[bytes, bytes, bytes]], origin: int, target: int
-    ) -> Generator[int, None, list[MoveResult]]:
-        """Move complete files, each (name, version, checksum or b""), from one tier to another."""
-        answers: list[MoveResult] = []
+    ) -> Generator[MoveResult, None, None]:
+        """Move complete files, each (name, version, checksum or b""), from one tier to another; yield of each."""
         for name, version, checksum in files:
             try:
                 how = self._copy_over(name, version, checksum, self._storages[origin], target)
             except StorageError as error:
                 how = str(error)
             is_to_go = how in (MOVED, FOUND, DROPPED)
-            answers.append((how, _remove_one(self._storages[origin], name) if is_to_go else IN_USE))
-            yield 0
-        return answers
+            yield how, _remove_one(self._storages[origin], name) if is_to_go else IN_USE
 
     def _copy_over(self, name: bytes, version: bytes, checksum: bytes, origin: Storage, target: int) -> str:
         """Make a complete file one of another tier as well: MOVED; FOUND if it is; DROPPED if it is not whole."""

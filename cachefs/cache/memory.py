@@ -26,6 +26,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +255,8 @@ class MemoryTier(Tier):
             known = self._residency.get(name)
             if known is None or not self._ledger.reserve(known.size, self.size, self._room()):
                 continue
-            ((how, freed),) = await self._move([(name, version, known.checksum)], to=self)
-            if how == MOVED:
-                self.keep(name, path, version, known.checksum)
-                self.moved_up += 1
-                self._uses.pop(name, None)
-            self._note_gone_below(name, freed, is_double=how == MOVED)
+            note = partial(self._note_moved_up, name, path, version, known.checksum)
+            await self._move([(name, version, known.checksum)], [note], to=self)
         if self._doubles:
             names = [*self._doubles]
             answers = await self._copies.run(("remove", [(name, self.storage.boot) for name in names]), what="move")
@@ -268,6 +265,13 @@ class MemoryTier(Tier):
         excess = self._taken() - self._granted
         if excess > 0:
             await self._move_down(self._oldest(excess))
+
+    def _note_moved_up(self, name: bytes, path: bytes, version: bytes, checksum: bytes, how: str, freed: int) -> None:
+        if how == MOVED:
+            self.keep(name, path, version, checksum)
+            self.moved_up += 1
+            self._uses.pop(name, None)
+        self._note_gone_below(name, freed, is_double=how == MOVED)
 
     def _note_gone_below(self, name: bytes, freed: int, *, is_double: bool) -> None:
         """What the removal in scratch of a file that has moved up came to: where it is in use it is in both still."""
@@ -312,43 +316,55 @@ class MemoryTier(Tier):
                 break
             batch.append(kept)
         gone: list[_Kept] = []
-        answers = await self._move([(kept.name, kept.version, kept.checksum) for kept in batch], to=self._below)
-        for kept, (how, freed) in zip(batch, answers, strict=True):
-            key = kept.name[:KEY_BYTES]
-            if how == MOVED:
-                self._below.keep(kept.name, kept.path, kept.version, kept.checksum)
-                self.moved_down += 1
-            is_known = self._files.get(key) is kept
-            if freed == IN_USE:
-                if is_known:
-                    self._files.move_to_end(key)
-                continue
-            gone.append(kept)
-            self._doubles.discard(kept.name)  # scratch has the only one now
-            if is_known:
-                del self._files[key]
-            if freed != GONE:  # else another mount has moved it, and taken it off the count
-                self.lose(freed)
+        jobs = [(kept.name, kept.version, kept.checksum) for kept in batch]
+        await self._move(jobs, [partial(self._note_moved_down, kept, gone) for kept in batch], to=self._below)
         return gone
 
-    async def _move(self, files: list[tuple[bytes, bytes, bytes]], *, to: Tier) -> list[MoveResult]:
-        """Move files, each (name, version, checksum), for which `to` has reserved room: how it went, of each."""
+    def _note_moved_down(self, kept: _Kept, gone: list[_Kept], how: str, freed: int) -> None:
+        key = kept.name[:KEY_BYTES]
+        if how == MOVED:
+            self._below.keep(kept.name, kept.path, kept.version, kept.checksum)
+            self.moved_down += 1
+        is_known = self._files.get(key) is kept
+        if freed == IN_USE:
+            if is_known:
+                self._files.move_to_end(key)
+            return
+        gone.append(kept)
+        self._doubles.discard(kept.name)  # scratch has the only one now
+        if is_known:
+            del self._files[key]
+        if freed != GONE:  # else another mount has moved it, and taken it off the count
+            self.lose(freed)
+
+    async def _move(
+        self, files: list[tuple[bytes, bytes, bytes]], notes: Sequence[Callable[[str, int], None]], *, to: Tier
+    ) -> None:
+        """Move files, each (name, version, checksum), for which `to` has reserved room.
+
+        Each has its note called with how it went as it goes: a worker that dies has moved those before.
+        """
         if not files:
-            return []
+            return
         way = (MEMORY, SCRATCH) if to.number == SCRATCH else (SCRATCH, MEMORY)
-        answers: list[MoveResult] = []
-        try:
-            answers = await self._copies.run(("move", files, *way), what="move")
-        finally:
-            if not answers:  # the worker has died
-                for name, version, _ in files:
-                    to.give_back(name, size_of(version), self._below.storage)
-        for (_, version, _), (how, _) in zip(files, answers, strict=True):
+        said = 0
+
+        def settle(result: MoveResult) -> None:
+            nonlocal said
+            how, freed = result
+            size, note = size_of(files[said][1]), notes[said]
+            said += 1
             if how == MOVED:
-                to.settle(size_of(version))
+                to.settle(size)
             else:
-                to.release(size_of(version))
-        return answers
+                to.release(size)
+            note(how, freed)
+
+        try:
+            await self._copies.run(("move", files, *way), what="move", on_progress=settle)
+        finally:
+            for name, version, _ in files[said:]:
+                to.give_back(name, size_of(version), self._below.storage)
 
     def _drop_unused(self, kept: _Kept) -> bool:
         """Remove a file that is not open. Whether it has gone; else it becomes the most recently used."""

@@ -27,7 +27,8 @@ SIZE = 10_000
 class Pool:
     def __init__(self):
         self.handlers = {}
-        self.dies_after = False
+        self.dies_after = None
+        """So many words of a worker."""
         self.jobs = []
         self.before = None
 
@@ -37,13 +38,17 @@ class Pool:
         if self.before:
             self.before(job)
         gen = self.handlers[job[0]](*job[1:])
+        said = 0
         while True:
+            if said == self.dies_after:
+                raise WorkerDiedError("move")
             try:
-                next(gen)
+                word = next(gen)
             except StopIteration as end:
-                if self.dies_after:
-                    raise WorkerDiedError("move") from None
                 return end.value
+            said += 1
+            if on_progress is not None:
+                on_progress(word)
 
 
 class House:
@@ -271,5 +276,26 @@ def test_what_is_open_is_not_dropped(room, tmp_path):
         await h.tier._shrink(100 * SIZE)
         assert h.tier.stored() == (0, 0)
         assert h.tier.dropped == (12 if room == "none below" else 0)
+
+    trio.run(main)
+
+
+def test_a_worker_dies_between_two_moves(tmp_path):
+    """What it has moved is counted where it is, and the rest where it was."""
+    h = House(tmp_path)
+
+    async def main():
+        files = [await h.put(n, h.tier) for n in range(6)]
+        h.pool.dies_after = 4
+        with pytest.raises(WorkerDiedError):
+            await h.tier._move_down(h.tier._oldest(6 * SIZE))
+        assert h.tier.stored() == (2 * SIZE, 2)
+        assert h.keeper.stored() == (4 * SIZE, 4)
+        assert [ledger.reserved() for ledger in h.ledgers] == [0, 0]
+        assert [kept.name for kept in h.tier._files.values()] == [file[0] for file in files[4:]]
+        assert all(h.residency.get(file[0]) for file in files[:4])
+        h.pool.dies_after = None
+        assert len(await h.tier._move_down(h.tier._oldest(6 * SIZE))) == 2
+        assert h.tier.stored() == (0, 0)
 
     trio.run(main)
