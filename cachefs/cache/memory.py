@@ -10,6 +10,7 @@ Invariants:
 
 When files move:
 - down, the least recently used first, when there was no room, until there is some again, or none below;
+- away, what mounts have left that are gone, and this one has not opened, when it is alone and nothing could move down;
 - down, all of them, when nothing has been fetched for a while and the mount promotes: a directory can be mounted
   directly only from one place, and what is mounted directly costs nothing, while the page cache keeps it in memory;
 - up, what was used in scratch four times since the least recently used file here was: not even one of them in epochs
@@ -52,6 +53,7 @@ _BATCH_FILES, _BATCH_BYTES = 8, 16 * 1024 * 1024
 _TICK_SECONDS = 1.0
 _QUIET_SECONDS = 2.0
 _SUSPEND_SECONDS = 10.0
+_LOOK_AGAIN_SECONDS = 10.0
 _USES = 4
 _CORRELATED_SHARE = 1 / 8
 _FOLLOWED = 4096
@@ -94,6 +96,8 @@ class MemoryTier(Tier):
         self.size = size
         self.promotes: Callable[[], bool] = lambda: False
         """Whether the mount promotes what is completely in scratch."""
+        self.is_alone: Callable[[], bool] = lambda: False
+        """Whether no other mount is in this tier."""
         self.hits = self.moved_down = self.moved_up = self.dropped = 0
         """Files."""
         self._granted = size - int(min(size * _TRADING_SHARE, _TRADING_BYTES))
@@ -108,6 +112,7 @@ class MemoryTier(Tier):
         self._hot: dict[bytes, tuple[bytes, bytes]] = {}
         self._doubles: set[bytes] = set()
         self._wanted = 0
+        self._nothing_left_until = -math.inf
         self._asked_at = 0.0
         self._woken = trio.Event()
 
@@ -245,9 +250,24 @@ class MemoryTier(Tier):
             return
         wanted = self._wanted + int(min(self.size * _FREE_SHARE, _FREE_BYTES))
         self._wanted = 0
-        while self._files and (missing := wanted - self._granted + self._taken()) > 0:
-            if not await self._move_down(self._oldest(missing)):
+        while (missing := wanted - self._granted + self._taken()) > 0:
+            if not (self._files and await self._move_down(self._oldest(missing))):
+                await self._remove_left(missing)
                 return
+
+    async def _remove_left(self, size: int) -> None:
+        """Remove what mounts have left that are gone: nobody who is here knows where that would go."""
+        now = trio.current_time()
+        if self.stored()[1] <= len(self._files) or now < self._nothing_left_until or not self.is_alone():
+            return
+        found = await trio.to_thread.run_sync(lambda: [name for name, _, _ in self.storage.scan()])
+        for name in found:
+            if size <= 0:
+                return
+            if name[:KEY_BYTES] not in self._files and (freed := self.storage.remove(name)) >= 0:
+                size -= freed
+                self.lose(freed)
+        self._nothing_left_until = now + _LOOK_AGAIN_SECONDS
 
     async def _trade(self) -> None:
         hot, self._hot = self._hot, {}

@@ -51,6 +51,7 @@ class JoinedMemory:
         place, ledger = self._place, self._membership.ledger
         room = MemoryRoom(place.scratch.fd, lambda: ledger.stored()[0])
         tier = MemoryTier(place.scratch.path, place.size, ledger, place.storage, room, below, residency, copies)
+        tier.is_alone = lambda: self._membership.live() == [self._membership.record]
         below.above_bytes = tier.size
         return tier
 

@@ -549,6 +549,27 @@ def test_what_a_mount_leaves_to_another_moves_down(files, tier, tmp_path):
     wait_until(lambda: tiers(two)[0]["moved_down"], "they move down")
 
 
+def test_what_a_mount_leaves_gives_way(files, tier, mounted, source, tmp_path):
+    """What nobody who remains has opened: it cannot be moved, for its path is not known. Also of another dataset."""
+    files(20)
+    other, elsewhere = tmp_path / "other", tmp_path / "elsewhere"
+    other.mkdir()
+    shutil.copytree(source, elsewhere)
+    one = tier(10, 4)
+    sizes = ("--memory", str(int(10 * SIZE / 0.979)), "--capacity", str(4 * SIZE))
+    two = mounted(elsewhere, *sizes, "--memory-path", Path(tiers(one)[0]["path"]).parent, at=other)
+    read(two, *range(6))
+    read(one, *range(4))
+    two.unmount()
+
+    def is_all_there():
+        before = counters(one)["hits"]
+        read(one, *range(14))
+        return counters(one)["hits"] == before + 14
+
+    wait_until(is_all_there, "it has all the room")
+
+
 def test_what_was_open_while_it_moved_gives_its_room_back(files, tier, mountpoint):
     """And no worker keeps a descriptor of it."""
     files(30)
