@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -65,6 +66,14 @@ def mountpoint(tmp_path: Path) -> Path:
     path = tmp_path / "mount"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory on tmpfs of this test's own: whoever mounts frees what others have left. At the end it is empty."""
+    place = Path(tempfile.mkdtemp(prefix="tiers-", dir="/dev/shm"))
+    yield place
+    place.rmdir()
 
 
 @pytest.fixture

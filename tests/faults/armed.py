@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from cachefs.cache import copying, ledger, residency, storage, trees
+from cachefs.cache import copying, ledger, memory, residency, storage, trees
 from cachefs.cli import main
 from cachefs.mount import daemon, membership, promotion, purge
 
@@ -45,6 +45,16 @@ def _after(owner: Any, name: str) -> Callable[[], None]:
     return lambda: setattr(owner, name, do)
 
 
+def _half_move() -> None:
+    whole = copying.CopyHandlers._copy_over
+
+    def do(*arguments: Any) -> str:
+        copying._write_all = _half_write
+        return whole(*arguments)
+
+    copying.CopyHandlers._copy_over = do  # type: ignore[method-assign]
+
+
 FETCHING = {
     "before the first byte": _before(copying.CopyHandlers, "_copy"),
     "in the middle": lambda: setattr(copying, "_write_all", _half_write),
@@ -60,6 +70,14 @@ EVICTING = {
     "after it has evicted": _after(copying, "_remove_one"),
     "before evictions count": _before(ledger.Ledger, "remove"),
 }
+MOVING = {
+    "before it moves": _before(copying.CopyHandlers, "_copy_over"),
+    "in the middle of a move": _half_move,
+    "before what has moved is removed": _after(copying.CopyHandlers, "_copy_over"),
+    "after it is removed": _after(copying, "_remove_one"),
+    "before a move counts": _before(memory.MemoryTier, "_note_moved_down"),
+    "after a move counts": _after(memory.MemoryTier, "_note_moved_down"),
+}
 PROMOTING = {
     "in the middle of a tree": _after(trees.TreeHandlers, "_plant_file"),
     "before a tree is finished": _before(trees.TreeHandlers, "_finish"),
@@ -70,7 +88,7 @@ PURGING = {
     "before it removes": _before(purge, "_remove_tree"),
     "in the middle of removing": _after(purge, "_remove_tree"),
 }
-POINTS = {**FETCHING, **EVICTING, **PROMOTING, **PURGING}
+POINTS = {**FETCHING, **EVICTING, **MOVING, **PROMOTING, **PURGING}
 
 
 def _note_daemon(serve: Callable[..., None]) -> Callable[..., None]:

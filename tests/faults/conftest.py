@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,18 +112,24 @@ def assert_undisturbed(dataset: Dataset, mountpoint: Path, readers: Callable[...
     assert not seen["errors"]
 
 
+def copies_of(said: dict[str, Any]) -> list[Path]:
+    """The complete copies in all tiers of a mount."""
+    return [path for tier in said["tiers"] for path in Path(tier["path"], "files").rglob("*") if path.is_file()]
+
+
 def assert_sound(cache: MountedCache) -> None:
     """What a mount counts is what is on disk; unmounted, `cachefs verify` finds nothing to complain of."""
 
     def is_accounted() -> bool:
         said = counters(cache)
-        copies = cache.resident_data_files()
+        copies = copies_of(said)
         return (said["resident_files"], said["resident_bytes"]) == (len(copies), sum(c.stat().st_size for c in copies))
 
     try:
         wait_until(is_accounted, "status says what is on disk")
     except AssertionError as error:
-        said, copies = counters(cache), cache.resident_data_files()
+        said = counters(cache)
+        copies = copies_of(said)
         counted = f"{said['resident_files']} files, {said['resident_bytes']} bytes"
         there = f"{len(copies)}, {sum(copy.stat().st_size for copy in copies)}"
         raise AssertionError(f"{counted} are counted, and there are {there}") from error

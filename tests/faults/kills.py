@@ -1,6 +1,6 @@
 """Mounts, kills the daemon at a random time, takes the mount away, again and again, with one scratch.
 
-    python kills.py SOURCE MOUNTPOINT SCRATCH CAPACITY TIMES [--checked]
+    python kills.py SOURCE MOUNTPOINT SCRATCH CAPACITY TIMES [--checked] [--memory BYTES --memory-path DIR]
 
 In this process without exec, which takes a tenth of the time that as many commands would.
 
@@ -26,9 +26,10 @@ from pathlib import Path
 import psutil
 
 from cachefs.cache.scratch import open_scratch
-from cachefs.config import Capacity, Settings
+from cachefs.config import DEFAULT_MEMORY_PATH, Capacity, Settings
 from cachefs.mount.control_client import ask
 from cachefs.mount.daemon import serve_in_background
+from cachefs.mount.memory import memory_path
 from cachefs.mount.unmount import find_our_mount, unmount
 from tests.faults.readers import Crowd, reads_of
 from tests.harness import lives, wait_until
@@ -43,6 +44,7 @@ class Checks:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._places = [settings.scratch, *([memory_path(settings)] if settings.memory else [])]
         self._digests = {hashlib.sha256(p.read_bytes()).digest() for p in settings.source.rglob("*") if p.is_file()}
         self.crowd = Crowd(reads_of(settings.mountpoint, settings.source), range(READERS))
         self.crowd.pause()
@@ -51,7 +53,7 @@ class Checks:
 
     def of_the_dead(self, processes: list[psutil.Process]) -> None:
         wait_until(lambda: not any(map(lives, processes)), "all processes of the mount end")
-        for path in (self._settings.scratch / "files").rglob("*"):
+        for path in (path for place in self._places for path in (place / "files").rglob("*")):
             if path.is_file():
                 assert hashlib.sha256(path.read_bytes()).digest() in self._digests, f"{path} is not of the source"
                 self.copies += 1
@@ -62,12 +64,15 @@ class Checks:
 
         def is_accounted() -> bool:
             said = ask(self._scratch, lease, "status")
-            copies = [path.stat().st_size for path in (self._settings.scratch / "files").rglob("*") if path.is_file()]
-            return (said["resident_files"], said["resident_bytes"]) == (len(copies), sum(copies))
+            counted = [(tier["files"], tier["bytes"]) for tier in said["tiers"]]
+            return counted == [_count(Path(tier["path"])) for tier in said["tiers"]]
 
         wait_until(is_accounted, "status says what is on disk")
-        for folder, names in (("sockets", [lease]), ("staging", []), ("trees", [])):
-            assert os.listdir(self._settings.scratch / folder) == names, folder
+        its = {"sockets": [lease], "staging": [], "trees": []}
+        wait_until(
+            lambda: {folder: os.listdir(self._settings.scratch / folder) for folder in its} == its,
+            "scratch holds nothing of the dead one",
+        )
         self.mounts += 1
 
     def end(self) -> dict[str, object]:
@@ -77,6 +82,11 @@ class Checks:
         return {"read": seen.read, "wrong": seen.wrong, "mounts": self.mounts, "copies": self.copies}
 
 
+def _count(place: Path) -> tuple[int, int]:
+    copies = [path.stat().st_size for path in (place / "files").rglob("*") if path.is_file()]
+    return len(copies), sum(copies)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("source", "mountpoint", "scratch"):
@@ -84,9 +94,18 @@ def main() -> None:
     parser.add_argument("capacity", type=Capacity.parse)
     parser.add_argument("times", type=int)
     parser.add_argument("--checked", action="store_true")
+    parser.add_argument("--memory", type=Capacity.parse)
+    parser.add_argument("--memory-path", type=Path)
     arguments = parser.parse_args()
     settings = Settings(
-        arguments.source, arguments.mountpoint, arguments.scratch, arguments.capacity, policy="lru", no_promote=True
+        arguments.source,
+        arguments.mountpoint,
+        arguments.scratch,
+        arguments.capacity,
+        memory=arguments.memory,
+        memory_path=arguments.memory_path or DEFAULT_MEMORY_PATH,
+        policy="lru",
+        no_promote=True,
     )
     dice, checks = random.Random(7), None
     with ExitStack() as ending:

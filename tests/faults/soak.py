@@ -4,7 +4,8 @@
 
 Readers read through the mounts all the time while files change on the source, which fails, hangs and gets slow; daemons
 and workers are killed; copies and the index in scratch are damaged, its disk is filled, the clock is set; scratch is
-verified, repaired and purged. One more mount shows a directory that does not change, and promotes it where it may. Now
+verified, repaired and purged. These mounts have a memory tier, from which files move down all the time. One more mount
+shows a directory that does not change, without one, and promotes it where it may. Now
 and then all faults end, and soon every file is the one that the source has. At the end it prints operations, bytes,
 faults and errors, and exits with 0 if no byte was wrong and nothing was left: mounts, processes, files, or room that is
 counted and not taken.
@@ -38,6 +39,7 @@ from tests.mount.observing import stored_bytes
 FILES, DIRECTORIES, DEPTH, READERS = 80, 6, 4, 3
 FROZEN_BYTES = 2 << 20
 CAPACITY = 12 << 20
+MEMORY = 2 << 20
 DISK_BYTES = 64 << 20
 ELSEWHERE = b"not ours " * 1000
 SHARED = ("--policy", "lru", "--capacity", str(CAPACITY))
@@ -55,6 +57,7 @@ class Soak:
         self.folder, self.backing, self.frozen = folder, folder / "backing", folder / "frozen"
         self.disk, self.clock = folder / "disk", folder / "clock"
         self.scratch = self.disk / "scratch"
+        self.memory = Path(tempfile.mkdtemp(prefix="cachefs-soak-", dir="/dev/shm"))
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.write_bytes(ELSEWHERE)
         changing = [folder / f"mount{number}" for number in range(mounts)]
@@ -83,7 +86,7 @@ class Soak:
         self.set_clock(0.0)
         self.faults: Counter[str] = Counter()
         self.problems: list[str] = []
-        self.largest = self.promoted = 0
+        self.largest = self.largest_memory = self.promoted = 0
 
     def _some_path(self, number: int) -> str:
         between = [str(self.dice.randrange(3)) for _ in range(self.dice.randrange(DEPTH))]
@@ -109,7 +112,8 @@ class Soak:
     def mount(self, place: Path) -> None:
         """With the clock that is set. Not where the disk is full: there is no room for a lease."""
         self.drain_the_disk()
-        source, options = (self.frozen, ()) if place == self.still else (self.slow.path, OPTIONS)
+        memory = ("--memory", str(MEMORY), "--memory-path", self.memory)
+        source, options = (self.frozen, ()) if place == self.still else (self.slow.path, (*OPTIONS, *memory))
         command = [sys.executable, "-m", "tests.faults.clocked", self.clock, "mount", source, place]
         command += ["--scratch", self.scratch, *SHARED, *options]
         done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
@@ -193,7 +197,8 @@ class Soak:
         self.slow.set(latency=0.001)
 
     def damage_a_copy(self) -> None:
-        found = (self.scratch / "files").rglob("*")
+        tiers = [self.scratch, *self.memory.iterdir()]
+        found = (path for tier in tiers for path in (tier / "files").rglob("*"))
         copies = [path for path in found if path.is_file() and not path.is_symlink()]  # never what a link leads to
         if not copies:
             return
@@ -278,6 +283,7 @@ class Soak:
                 fault()
                 self.faults[fault.__name__] += 1
                 self.largest = max(self.largest, stored_bytes(self.scratch))
+                self.largest_memory = max(self.largest_memory, *map(stored_bytes, self.memory.iterdir()), 0)
                 shown = [mount for mount in read_mounts() if mount.tree and mount.path.is_relative_to(self.still)]
                 self.promoted = max(self.promoted, len(shown))
                 time.sleep(self.dice.uniform(0, 2 * PAUSE))
@@ -336,6 +342,12 @@ class Soak:
             self.problems.append("a file was changed to which a link in scratch led")
         if self.largest > CAPACITY:
             self.problems.append(f"scratch held {self.largest} bytes, and its capacity is {CAPACITY}")
+        if self.largest_memory > MEMORY:
+            self.problems.append(f"memory held {self.largest_memory} bytes, and its capacity is {MEMORY}")
+        if not self.largest_memory:
+            self.problems.append("nothing was in memory")
+        if left := os.listdir(self.memory):
+            self.problems.append(f"without mounts there is still a memory tier: {left}")
         run_cachefs("purge", "--scratch", self.scratch)
         if self.scratch.exists():
             self.problems.append(f"after the purge there is {os.listdir(self.scratch)}")
@@ -344,6 +356,7 @@ class Soak:
         for place in self.mountpoints:
             run_cachefs("umount", place, "--lazy", check=False)
         self.slow.close()
+        shutil.rmtree(self.memory)
         if os.path.ismount(self.disk):
             subprocess.run(["umount", "-l", self.disk], check=True)
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import psutil
 import pytest
 
 from tests.conftest import needs_root
-from tests.faults.armed import EVICTING, FETCHING, PROMOTING, PURGING
+from tests.faults.armed import EVICTING, FETCHING, MOVING, PROMOTING, PURGING
 from tests.faults.conftest import Dataset, assert_sound, run_armed
 from tests.harness import clean_environment, lives, run_cachefs, verify, wait_until
+from tests.mount.observing import counters
 
 
 def die_at(point, dataset: Dataset, mountpoint, scratch, readers, options):
@@ -56,6 +60,19 @@ def test_in_an_eviction(point, dataset, mountpoint, tmp_path, mounted, readers):
     assert_sound(cache)
 
 
+@pytest.mark.parametrize("point", MOVING)
+def test_in_a_move(point, dataset, mountpoint, tmp_path, mounted, memory, readers):
+    """From memory to scratch: the memory tier goes with the dead mount."""
+    scratch = tmp_path / "scratch"
+    options = ("--memory", str(int(dataset.bytes * 0.1)), "--memory-path", memory, "--policy", "hold")
+    die_at(point, dataset, mountpoint, scratch, readers, (*options, "--no-promote", "--prefetch", "off"))
+    assert os.listdir(memory) == []
+    cache = mounted(dataset.path, *options, at=mountpoint, scratch=scratch)
+    dataset.check(mountpoint)
+    dataset.check(mountpoint)
+    assert_sound(cache)
+
+
 @needs_root
 @pytest.mark.parametrize("point", PROMOTING)
 def test_in_a_promotion(point, dataset, mountpoint, tmp_path, mounted, readers):
@@ -84,11 +101,16 @@ def test_in_a_purge(point, dataset, mountpoint, tmp_path, mounted):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_at_200_random_times(dataset, mountpoint, tmp_path, mounted):
-    """One scratch through all of it, of which a third has no room, so that it evicts as well; looked at after each."""
+@pytest.mark.parametrize("has_memory", [False, True], ids=["scratch", "memory"])
+def test_at_200_random_times(has_memory, dataset, mountpoint, tmp_path, mounted, memory):
+    """One scratch through all of it, of which a third has no room, so that it evicts as well; looked at after each.
+
+    And the same with a memory tier, from which it moves files down.
+    """
     scratch = tmp_path / "scratch"
     capacity = str(int(dataset.bytes * 0.7))
-    command = [sys.executable, "-m", "tests.faults.kills", dataset.path, mountpoint, scratch, capacity, "200"]
+    tier = ("--memory", str(int(dataset.bytes * 0.2)), "--memory-path", memory) if has_memory else ()
+    command = [sys.executable, "-m", "tests.faults.kills", dataset.path, mountpoint, scratch, capacity, "200", *tier]
     done = subprocess.run(
         [*command, "--checked"], env=clean_environment(), capture_output=True, text=True, check=False, timeout=380
     )
@@ -102,10 +124,40 @@ def test_at_200_random_times(dataset, mountpoint, tmp_path, mounted):
     _, said = verify(scratch)  # it mends nothing: the next mount has to
     assert "its content is not" not in said, said
     assert "its size is not" not in said, said
-    cache = mounted(dataset.path, "--capacity", capacity, "--policy", "lru", at=mountpoint, scratch=scratch)
+    cache = mounted(dataset.path, "--capacity", capacity, "--policy", "lru", *tier, at=mountpoint, scratch=scratch)
     dataset.check(mountpoint)
     assert_sound(cache)
-    assert os.listdir(scratch / "staging") == []
+    assert os.listdir(scratch / "staging") == os.listdir(memory) == []
+
+
+def test_two_mounts_of_a_memory_tier(dataset, mountpoint, tmp_path, mounted, memory, readers):
+    """Files move under the readers of both; one is killed again and again, and the other's see no error."""
+    scratch, other = tmp_path / "scratch", tmp_path / "other"
+    other.mkdir()
+    dice = random.Random(3)
+    sizes = ("--memory", str(int(dataset.bytes * 0.07)), "--capacity", str(int(dataset.bytes * 0.12)))
+    options = (*sizes, "--memory-path", memory, "--policy", "lru", "--no-promote", "--source-timeout", "20")
+    living = mounted(dataset.path, *options, at=other, scratch=scratch)
+    reading = readers(other)
+    for _ in range(12):
+        dying = mounted(dataset.path, *options, at=mountpoint, scratch=scratch)
+        its = readers(mountpoint, seed=dice.randrange(1000))
+        time.sleep(dice.uniform(0.2, 1))
+        dying.kill()
+        its.stop()
+        dying.unmount()
+    seen = reading.stop()
+    assert not seen["errors"]
+    dataset.check(other)
+    memory_tier, _ = counters(living)["tiers"]
+    assert memory_tier["moved_down"] > 50
+    (place,) = memory.iterdir()
+    for path in (path for tier in (place, scratch) for path in (tier / "files").rglob("*")):
+        with suppress(FileNotFoundError):  # it has moved
+            assert path.is_dir() or path.read_bytes() in dataset.content.values(), path
+    living.unmount()
+    assert os.listdir(memory) == os.listdir(scratch / "staging") == []
+    assert verify(scratch)[0] == 0
 
 
 @needs_root

@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -44,14 +43,6 @@ def files(source):
             (source / f"{number}").write_bytes(random.Random(number).randbytes(SIZE))
 
     return make
-
-
-@pytest.fixture
-def memory():
-    """A directory on tmpfs of this test's own: whoever mounts frees what others have left. At the end it is empty."""
-    place = Path(tempfile.mkdtemp(prefix="tiers-", dir="/dev/shm"))
-    yield place
-    place.rmdir()
 
 
 @pytest.fixture
