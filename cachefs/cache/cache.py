@@ -71,13 +71,23 @@ class Cache:
         is_changed = False
         tier: Tier = self._capacity
         fd = None
-        if self._memory is not None and (fd := self._memory.open(name, path, version)) is not None:
-            tier = self._memory
-        try:
-            fd = self._open_in_scratch(name, path, version) if fd is None else fd
-        except ChangedCopyError as error:
-            log.warning("changed copy checked path=%r copy=%s", path, error.filename)
-            fd, is_changed = None, True
+        memory = self._memory
+        # first where it is known to be: a look into memory for what is in scratch would cost each open some percent
+        is_below = memory is not None and not memory.knows(name) and self._residency.get(name) is not None
+        if memory is not None:
+            memory.count_open()
+            fd = None if is_below else memory.open(name, path, version)
+        if fd is None:
+            try:
+                fd = self._open_in_scratch(name, path, version)
+            except ChangedCopyError as error:
+                log.warning("changed copy checked path=%r copy=%s", path, error.filename)
+                is_changed = True
+            if fd is None and memory is not None and is_below:  # another mount may have moved it up
+                fd = memory.open(name, path, version)
+                tier = self._capacity if fd is None else memory
+        elif memory is not None:
+            tier = memory
         if fd is not None:
             self._metrics.hits += 1
             self._metrics.hit_bytes += size_of(version)

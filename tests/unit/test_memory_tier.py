@@ -204,6 +204,7 @@ class Epochs:
 
     async def open(self, n: int) -> None:
         house, file = self.house, self.files[n]
+        house.tier.count_open()
         fd = house.tier.open(*file)
         if fd is None:
             fd = house.storages[0].open(file[0])
