@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cachefs.config import Settings
@@ -33,13 +32,29 @@ def test_larger_than_memory(own_place: Place):
     own_place.refused(*mount(own_place, "--memory", TIB), code=2, says=("--memory 100.0 TiB is more than", "smaller"))
 
 
-def test_larger_than_the_tmpfs(own_place: Place, shm: Path):
-    status = os.statvfs(shm)
-    total, memory = status.f_blocks * status.f_frsize, psutil.virtual_memory().total
-    if total >= memory:
-        pytest.skip("the tmpfs here is as large as memory")
-    says = ("is more than the tmpfs at /dev/shm holds", "--memory-path")
-    own_place.refused(*mount(own_place, "--memory", str((total + memory) // 2)), code=2, says=says)
+@needs_root
+def test_larger_than_the_tmpfs(own_place: Place):
+    small = own_place.make("small")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", small], check=True)
+    try:
+        says = (f"--memory 5.0 MiB is more than the tmpfs at {small} holds (4.0 MiB)", "--memory-path")
+        own_place.refused(*mount(own_place, "--memory", "5M", "--memory-path", small), code=2, says=says)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_inside_one_another_by_a_link(own_place: Place, shm: Path):
+    """The tier is a directory in its place, so it is in scratch where that is scratch."""
+    outer = shm / f"cachefs-test-{os.getpid()}"
+    outer.mkdir(mode=0o700)
+    link = own_place.path / "link"
+    link.symlink_to(outer)
+    try:
+        for place in outer, link:
+            options = ("--memory", "1M", "--memory-path", place, "--scratch", outer)
+            own_place.refused(*mount(own_place)[:3], *options, code=2, says="one is inside the other")
+    finally:
+        outer.rmdir()
 
 
 @pytest.mark.parametrize(

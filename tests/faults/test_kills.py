@@ -110,7 +110,17 @@ def test_at_random_times(times, has_memory, dataset, mountpoint, tmp_path, mount
     scratch = tmp_path / "scratch"
     capacity = str(int(dataset.bytes * 0.7))
     tier = ("--memory", str(int(dataset.bytes * 0.2)), "--memory-path", memory) if has_memory else ()
-    command = [sys.executable, "-m", "tests.faults.kills", dataset.path, mountpoint, scratch, capacity, str(times), *tier]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults.kills",
+        dataset.path,
+        mountpoint,
+        scratch,
+        capacity,
+        str(times),
+        *tier,
+    ]
     done = subprocess.run(
         [*command, "--checked"], env=clean_environment(), capture_output=True, text=True, check=False, timeout=380
     )
