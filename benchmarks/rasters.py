@@ -1,7 +1,7 @@
 """Pairs of rasters as remote sensing has them: 33 bands of 224 x 224 pixels, and 24 bands of truth.
 
-Reflectances are stored as the agencies deliver them: 16-bit integers, 10,000 for 1, compressed with DEFLATE. A sample
-has 5.7 MB of pixels, and takes some 4.6 MB and 20 ms of a processor to read.
+Reflectances are stored as the agencies deliver them: 16-bit integers, 10,000 for 1, compressed with DEFLATE, so that
+who reads them has something to do.
 
 Invariant: the same number and seed make the same bytes, and a larger number only adds samples.
 """
@@ -39,7 +39,7 @@ def make_rasters(directory: Path, samples: int, seed: int = 0) -> Path:
 
 
 def _save(path: Path, pixels: Any) -> None:
-    """As numpy.savez_compressed, whose level of compression takes twice as long and gains nothing from noise."""
+    """As numpy.savez_compressed, whose level of compression takes longer and gains nothing on noise."""
     from numpy.lib.format import write_array
 
     with (

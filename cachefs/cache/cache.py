@@ -68,26 +68,7 @@ class Cache:
         """
         version = version_of(attributes)
         name = self._residency.name_of(path, version)
-        is_changed = False
-        tier: Tier = self._capacity
-        fd = None
-        memory = self._memory
-        # first where it is known to be: a look into memory for what is in scratch would cost each open some percent
-        is_below = memory is not None and not memory.knows(name) and self._residency.get(name) is not None
-        if memory is not None:
-            memory.count_open()
-            fd = None if is_below else memory.open(name, path, version)
-        if fd is None:
-            try:
-                fd = self._open_in_scratch(name, path, version)
-            except ChangedCopyError as error:
-                log.warning("changed copy checked path=%r copy=%s", path, error.filename)
-                is_changed = True
-            if fd is None and memory is not None and is_below:  # another mount may have moved it up
-                fd = memory.open(name, path, version)
-                tier = self._capacity if fd is None else memory
-        elif memory is not None:
-            tier = memory
+        fd, tier, is_changed = self._open_resident(name, path, version)
         if fd is not None:
             self._metrics.hits += 1
             self._metrics.hit_bytes += size_of(version)
@@ -95,6 +76,29 @@ class Cache:
             return self._file(name, path, version, tier, fd=fd)
         with self._metrics.waiting():
             return await self._open_missing(name, path, version, is_changed=is_changed)
+
+    def _open_resident(self, name: bytes, path: bytes, version: bytes) -> tuple[int | None, Tier, bool]:
+        """(A descriptor of a copy, or None; its tier; whether scratch has one that is not as it was left).
+
+        It is looked for first where it is known to be: a look into memory for each file of scratch would cost opens
+        some percent.
+        """
+        memory = self._memory
+        is_below = memory is not None and not memory.knows(name) and self._residency.get(name) is not None
+        if memory is not None:
+            memory.count_open()
+            if not is_below and (fd := memory.open(name, path, version)) is not None:
+                return fd, memory, False
+        is_changed = False
+        try:
+            fd = self._open_in_scratch(name, path, version)
+        except ChangedCopyError as error:
+            log.warning("changed copy checked path=%r copy=%s", path, error.filename)
+            fd, is_changed = None, True
+        if fd is None and memory is not None and is_below:  # another mount may have moved it up
+            fd = memory.open(name, path, version)
+            return fd, self._capacity if fd is None else memory, is_changed
+        return fd, self._capacity, is_changed
 
     async def _open_missing(self, name: bytes, path: bytes, version: bytes, *, is_changed: bool) -> OpenFile:
         """Open a file that is not resident: fetch it, join its fetch, or have the source serve it.

@@ -36,7 +36,7 @@ _BATCH_BYTES = 64 * 1024 * 1024
 _BATCH_FILES = 200
 _ASK_AGAIN_SECONDS = 10.0
 _ROWS_A_SECOND = 20_000
-"""Of the index, that are looked at again and again for one that may go: a few percent of a processor."""
+"""Of the index, that are looked at, at the most, while it is asked again and again for one that may go."""
 
 FindSpare = Callable[[], Callable[[bytes], bool] | None]
 """Gives what says of a path whether no live mount is to keep it; None while that is not known."""
@@ -197,7 +197,7 @@ class CapacityKeeper(Tier):
             return False
 
         async def find(after: int) -> list[Row]:
-            while rows := await self._index.run(("used_before", self._residency.dataset, after), what="index"):
+            while rows := await self._index.run(("oldest", self._residency.dataset, after), what="index"):
                 self._spare_looked += len(rows)
                 spare = [(name, boot, length, used) for name, boot, length, used, path in rows if is_spare(path)]
                 if spare:

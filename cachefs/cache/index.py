@@ -239,8 +239,8 @@ class Index:
             (*live, after, limit),
         ).fetchall()
 
-    def used_before(self, dataset: bytes, after: int, limit: int) -> list[tuple[bytes, str, int, int, bytes]]:
-        """(name, boot, size, last use, path) of a dataset's files, as `unused`."""
+    def oldest(self, dataset: bytes, after: int, limit: int) -> list[tuple[bytes, str, int, int, bytes]]:
+        """(name, boot, size, last use, path) of a dataset's files, the least recently used first, as `unused`."""
         return self._connection.execute(
             "SELECT name, boot, size, last_used, path FROM files WHERE dataset = ? AND path IS NOT NULL"
             f" AND {_IS_SOUND} AND last_used > ? ORDER BY last_used LIMIT ?",
@@ -331,7 +331,7 @@ class IndexHandlers:
             "load": self._guarded(self._load),
             "record": self._guarded(self._record),
             "unused": self._guarded(self._unused),
-            "used_before": self._guarded(self._used_before),
+            "oldest": self._guarded(self._oldest),
             "bytes_of": self._guarded(self._bytes_of),
         }
 
@@ -380,11 +380,9 @@ class IndexHandlers:
         yield from ()
         return self._index.unused(live, after, _VICTIMS_A_MESSAGE)
 
-    def _used_before(
-        self, dataset: bytes, after: int
-    ) -> Generator[Any, None, list[tuple[bytes, str, int, int, bytes]]]:
+    def _oldest(self, dataset: bytes, after: int) -> Generator[Any, None, list[tuple[bytes, str, int, int, bytes]]]:
         yield from ()
-        rows, room = self._index.used_before(dataset, after, _VICTIMS_A_MESSAGE), PACKET_BYTES // 2
+        rows, room = self._index.oldest(dataset, after, _VICTIMS_A_MESSAGE), PACKET_BYTES // 2
         for number, row in enumerate(rows):
             room -= len(row[4]) + _ROW_BYTES
             if room < 0:

@@ -90,9 +90,14 @@ class Division:
 
     def owner(self, path: bytes) -> int:
         """The number of the shard that a file is in."""
+        at, digest = self.find(path)
+        return digest % self.count if at is None else self.owners[at]
+
+    def find(self, path: bytes) -> tuple[int | None, int]:
+        """(The position of a name, None where it is not in the listing; its digest)."""
         digest, digests = _digest(self.salt, path), self.digests
         at = bisect_left(digests, digest)
-        return self.owners[at] if at < len(digests) and digests[at] == digest else digest % self.count
+        return at if at < len(digests) and digests[at] == digest else None, digest
 
     def _lead_of_each_name(self, listing: Listing) -> Sequence[int]:
         """Of each position that of the first name of the same content, with which it goes."""
@@ -211,9 +216,8 @@ class Share:
         return self.division.owner(path) != self.number
 
     def _mark(self, path: bytes) -> int:
-        digest, digests = _digest(self.division.salt, path), self.division.digests
-        at = bisect_left(digests, digest)
-        if at < len(digests) and digests[at] == digest:
+        at, digest = self.division.find(path)
+        if at is not None:
             return self._marks[at]
         return _KEPT if digest % self.division.count == self.number else _OTHERS
 

@@ -76,7 +76,7 @@ class FileSystem:
             self._note_cold_lookup(parent, directory)
         path = parent.path
         try:
-            attributes = await self._source.stat(path + b"/" + name if path else name)
+            attributes = await self._ask(parent, name)
         except SourceTimeoutError as error:
             if node is None or node.attributes is None:
                 raise
@@ -344,9 +344,12 @@ class FileSystem:
     async def _ask_once_more(self, directory: Node, name: bytes) -> Node:
         """A listed entry whose attributes were asked for and did not come. Raises SourceError, which says why."""
         expires = time.monotonic() + self._ttl
+        return self.inodes.update(directory, name, await self._ask(directory, name), expires)
+
+    async def _ask(self, directory: Node, name: bytes) -> bytes:
+        """The packed attributes of a name, from the source. Raises SourceError."""
         path = directory.path
-        attributes = await self._source.stat(path + b"/" + name if path else name)
-        return self.inodes.update(directory, name, attributes, expires)
+        return await self._source.stat(path + b"/" + name if path else name)
 
     # Files
 

@@ -18,7 +18,7 @@ from typing import TextIO
 from cachefs.cache.scratch import Scratch, claim_scratch, unlock_scratch
 from cachefs.config import Settings
 from cachefs.errors import CachefsError, ShardError
-from cachefs.mount.memory import WITHOUT, MemoryTierError, claim_memory, give_up_memory
+from cachefs.mount.memory import MemoryTierError, claim_memory, give_up_memory, go_without
 from cachefs.mount.notify import ServiceManager
 from cachefs.mount.purge import purge
 from cachefs.mount.serve import KEEPER_SIGNAL, OnReady, lay_grounds, open_source, serve
@@ -152,9 +152,7 @@ def _serve(
         try:
             memory = claim_memory(settings, scratch)
         except MemoryTierError as error:
-            if not settings.is_memory_optional:
-                raise
-            warnings.append(f"{error}; {WITHOUT}")
+            warnings.append(go_without(settings, error))
         keep_informed = manager.keep_informed if manager else None
         serve(lay_grounds(settings, source_fd, scratch, memory, warnings), on_ready, on_starting, keep_informed)
     except CachefsError:

@@ -112,6 +112,13 @@ def claim_memory(settings: Settings, scratch: Scratch) -> MemoryPlace | None:
             raise
 
 
+def go_without(settings: Settings, error: MemoryTierError) -> str:
+    """What to warn of where a mount goes without its memory tier; raises `error` where it may not."""
+    if not settings.is_memory_optional:
+        raise error
+    return f"{error}; {WITHOUT}"
+
+
 @contextmanager
 def memory_errors(path: Path) -> Iterator[None]:
     """Turn what goes wrong with the tier at `path` into a MemoryTierError: it is not scratch that fails."""

@@ -46,7 +46,7 @@ from cachefs.mount.control import Send, serve_control
 from cachefs.mount.fuse_session import mounted_session
 from cachefs.mount.leases import boot_id
 from cachefs.mount.membership import Membership
-from cachefs.mount.memory import WITHOUT, MemoryPlace, MemoryTierError
+from cachefs.mount.memory import MemoryPlace, MemoryTierError, go_without
 from cachefs.mount.mountinfo import MEMORY_FSTYPES, containing_mount, mount_id_of
 from cachefs.mount.promotion import Promotion
 from cachefs.mount.sharding import NO_SHARD, DeclaredShare, take_share
@@ -179,9 +179,7 @@ async def _serve(
             try:
                 joined = JoinedMemory(settings, grounds.memory, grounds.dataset, stack)
             except MemoryTierError as error:
-                if not settings.is_memory_optional:
-                    raise
-                warned.append(f"{error}; {WITHOUT}")
+                warned.append(go_without(settings, error))
         capacity = _capacity_bytes(settings, grounds.storage, ledger)
         residency = Residency(grounds.dataset, grounds.storage.boot, pools["index"], recency=settings.policy != "hold")
         stack.push_async_callback(_write_last, residency, membership)
@@ -217,7 +215,7 @@ async def _serve(
         if settings.sharding is not None:
             async with _starting(signals, on_starting):
                 share = await take_share(settings.sharding, keeper, filesystem, cache, prefetch, read_through)
-            declared = DeclaredShare(settings.sharding, share, keeper.room(), membership)
+            declared = DeclaredShare(settings, settings.sharding, share, keeper.room(), membership)
             keeper.find_spare = declared.find_spare
             nursery.start_soon(declared.declare)
         if settings.prefetch == "auto":

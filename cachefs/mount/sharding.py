@@ -13,6 +13,7 @@ import errno
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -21,7 +22,7 @@ from cachefs.cache.cache import Cache
 from cachefs.cache.capacity import CapacityKeeper
 from cachefs.cache.prefetch import Prefetch
 from cachefs.cache.shards import Division, Listing, Share
-from cachefs.config import Sharding, format_size
+from cachefs.config import Settings, Sharding, format_size
 from cachefs.errors import ShardError, describe
 from cachefs.fs.filesystem import FileSystem
 from cachefs.fs.read_through import ReadThrough
@@ -112,7 +113,8 @@ async def find_share(sharding: Sharding, room: Callable[[], Awaitable[int]], fil
 class DeclaredShare:
     """A mount's share, as it is declared to the other mounts of the scratch."""
 
-    def __init__(self, sharding: Sharding, share: Share, room: int, membership: Membership) -> None:
+    def __init__(self, settings: Settings, sharding: Sharding, share: Share, room: int, membership: Membership) -> None:
+        self._scratch = settings.scratch
         self._sharding = sharding
         self._share = share
         self._room = room
@@ -150,9 +152,8 @@ class DeclaredShare:
         and that are of this scratch or show here; the shards of those of this scratch."""
         ours, division = self._membership.record, self._share.division
         live = [record for record in self._live() if record.fingerprint]
-        seen = {record.id: record for record in (*_live_elsewhere(), *live) if record.id != ours.id}
         found: list[str] = []
-        for other in seen.values():
+        for other in [*live, *_live_elsewhere(self._scratch)]:
             is_alike = (other.dataset, other.division) == (ours.dataset, ours.division)
             if is_alike and other.fingerprint not in ("", division.fingerprint):
                 found.append(
@@ -193,9 +194,10 @@ class DeclaredShare:
             return []
 
 
-def _live_elsewhere() -> list[LeaseRecord]:
-    """The leases of the live mounts that show here, whatever their scratch: on other disks, say."""
-    return [record for mount in read_mounts() if (record := live_lease(mount)) is not None]
+def _live_elsewhere(scratch: Path) -> list[LeaseRecord]:
+    """The leases of the live mounts that show here and have another scratch: on other disks, say."""
+    others = [mount for mount in read_mounts() if mount.lease is not None and mount.lease[0] != scratch]
+    return [record for mount in others if (record := live_lease(mount)) is not None]
 
 
 async def _list(sharding: Sharding, filesystem: FileSystem) -> Listing:
