@@ -8,6 +8,7 @@ import secrets
 
 import pytest
 import trio
+import xxhash
 
 from cachefs.cache.capacity import CapacityKeeper
 from cachefs.cache.copying import CopyHandlers
@@ -19,6 +20,7 @@ from cachefs.cache.storage import Storage
 from cachefs.errors import WorkerDiedError
 from cachefs.metrics import Metrics
 from cachefs.mount.leases import boot_id
+from cachefs.mount.tiers import MemoryRoom
 from cachefs.source.attributes import mtime_of, pack_stat, version_of
 
 SIZE = 10_000
@@ -65,7 +67,7 @@ class House:
             ledger.join([])
             self.ledgers.append(ledger)
         self.pool = Pool()
-        self.pool.handlers = {**CopyHandlers(None, self.storages).table()}
+        self.pool.handlers = dict(CopyHandlers(None, self.storages).table())
 
         def nothing(*_):
             yield from ()
@@ -95,8 +97,6 @@ class House:
         p.write_bytes(bytes([n]) * SIZE)
         version = version_of(pack_stat(os.stat(p)))
         name = self.residency.name_of(b"%d" % n, version)
-        import xxhash
-
         assert await tier.try_reserve(SIZE)
         fd = tier.storage.stage(name)
         os.pwrite(fd, p.read_bytes(), 0)
@@ -107,14 +107,17 @@ class House:
         tier.keep(name, b"%d" % n, version, xxhash.xxh3_64_digest(p.read_bytes()))
         return name, b"%d" % n, version
 
+    async def make_hot(self):
+        """Three files in memory, and one in scratch that is to move up: its name, path and version."""
+        for n in range(3):
+            await self.put(n, self.tier)
+        name, path, version = await self.put(9, self.keeper)
+        self.tier._hot[name] = path, version
+        return name, path, version
+
 
 def test_room_between_two_looks(tmp_path):
-    from cachefs.mount.tiers import MemoryRoom
-
-    room = MemoryRoom(
-        os.open(tmp_path, os.O_RDONLY),
-        *([lambda: h.ledgers[1].stored()[0]] if "stored" in MemoryRoom.__init__.__code__.co_varnames else []),
-    )
+    room = MemoryRoom(os.open(tmp_path, os.O_RDONLY), lambda: h.ledgers[1].stored()[0])
     room._look = lambda: (
         10 * SIZE - sum(f.stat().st_size for f in (tmp_path / "memory/files").rglob("*") if f.is_file())
     )
@@ -134,14 +137,12 @@ def test_room_between_two_looks(tmp_path):
 
 
 def test_double_lost(tmp_path):
+    """What was open in scratch when it moved up is in both; it stays in one when it moves down."""
     h = House(tmp_path)
 
     async def main():
-        for n in range(3):
-            await h.put(n, h.tier)
-        name, path, version = await h.put(9, h.keeper)
+        name, _, _ = await h.make_hot()
         fd = h.storages[0].open(name)  # a reader has it open in scratch
-        h.tier._hot[name] = path, version
         await h.tier._trade()
         assert h.tier.moved_up == 1
         for kept in list(h.tier._files.values()):
@@ -154,14 +155,12 @@ def test_double_lost(tmp_path):
 
 
 def test_hot_of_unknown_checksum(tmp_path):
+    """Another mount has fetched it: it is no worse for that."""
     h = House(tmp_path)
 
     async def main():
-        for n in range(3):
-            await h.put(n, h.tier)
-        name, path, version = await h.put(9, h.keeper)
+        name, path, version = await h.make_hot()
         h.residency.add(name, path, version, b"")
-        h.tier._hot[name] = path, version
         await h.tier._trade()
         assert h.storages[0].has(name) or h.storages[1].has(name)
 
