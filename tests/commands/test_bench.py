@@ -443,16 +443,22 @@ def command_of(process: psutil.Process) -> list[str]:
         return []
 
 
+def start_where_it_hangs(place: Place, slow: SlowSource, op: str) -> subprocess.Popen[str]:
+    """A bench without workers, which waits in `op` of the source."""
+    slow.fail(op=op, hang=True)
+    slow.reset()
+    options = ("--workers", "0", "--seconds", "30", "--scratch", place.scratch)
+    process = place.start("bench", slow.path, *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: slow.statistics().operations.get(op, 0) >= 1, "it waits")
+    return process
+
+
 def test_an_interrupt_does_not_wait_for_a_read_that_hangs(own_place: Place, slow_source: Callable[..., SlowSource]):
     """Which the process itself makes where there are no workers."""
     make_dataset(own_place.source, files=FILES, classes=3, mean_bytes=SIZE)
     slow = slow_source(own_place.source)
-    slow.fail(op="read", hang=True)
-    slow.reset()
     before = own_place.snapshot()
-    options = ("--workers", "0", "--seconds", "30", "--scratch", own_place.scratch)
-    process = own_place.start("bench", slow.path, *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_until(lambda: slow.statistics().operations.get("read", 0) >= 1, "it reads")
+    process = start_where_it_hangs(own_place, slow, "read")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=15)
     assert errors == "cachefs: interrupted: nothing is left\n"
@@ -462,12 +468,8 @@ def test_an_interrupt_does_not_wait_for_a_read_that_hangs(own_place: Place, slow
 def test_an_interrupt_does_not_wait_for_what_the_kernel_keeps(own_place: Place, slow_source: Callable[..., SlowSource]):
     """An open that the source's file system has been told of cannot even be killed: it is named."""
     slow = slow_source(own_place.source)
-    slow.fail(op="open", hang=True)
-    slow.reset()
     before = own_place.snapshot()
-    options = ("--workers", "0", "--seconds", "30", "--scratch", own_place.scratch)
-    process = own_place.start("bench", slow.path, *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_until(lambda: slow.statistics().operations.get("open", 0) >= 1, "it opens")
+    process = start_where_it_hangs(own_place, slow, "open")
     started = children(psutil.Process(process.pid))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=15)

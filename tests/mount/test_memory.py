@@ -293,14 +293,20 @@ def test_a_changed_source(files, tier, source):
     wait_until(lambda: tiers(cache)[0]["files"] == 5, "the old ones go")
 
 
+def both_read(tier, tmp_path, *sizes):
+    """Two mounts of a tier, which both have read the first ten files."""
+    other = tmp_path / "other"
+    other.mkdir()
+    one, two = tier(*sizes), tier(*sizes, at=other)
+    read(one, *range(10))
+    read(two, *range(10))
+    return one, two
+
+
 def test_two_mounts_share_it(files, tier, mounted, source, mountpoint, tmp_path):
     """Each file is fetched once, and it is freed by the last."""
     files(10)
-    other = tmp_path / "other"
-    other.mkdir()
-    one, two = tier(20, 20), tier(20, 20, at=other)
-    read(one, *range(10))
-    read(two, *range(10))
+    one, two = both_read(tier, tmp_path, 20, 20)
     assert counters(one)["fetches"] + counters(two)["fetches"] == 10
     place = Path(tiers(one)[0]["path"])
     one.unmount()
@@ -530,11 +536,7 @@ def test_a_place_that_was_full_once(source, mountpoint, tmp_path_factory, tmp_pa
 def test_what_a_mount_leaves_to_another_moves_down(files, tier, tmp_path):
     """What the second has opened counts as its own when the first is gone."""
     files(40)
-    other = tmp_path / "other"
-    other.mkdir()
-    one, two = tier(10, 40), tier(10, 40, at=other)
-    read(one, *range(10))
-    read(two, *range(10))
+    one, two = both_read(tier, tmp_path, 10, 40)
     one.unmount()
     read(two, *range(20, 40))
     wait_until(lambda: tiers(two)[0]["moved_down"], "they move down")
