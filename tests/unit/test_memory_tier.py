@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import secrets
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import trio
 import xxhash
@@ -132,6 +134,32 @@ def test_room_between_two_looks(tmp_path):
                 break
             got += 1
         assert got <= 10
+
+    trio.run(main)
+
+
+def test_the_last_tenth_of_the_machine_is_left(tmp_path, monkeypatch):
+    """Nothing is taken into it; and when somebody else needs more, files move down, or are dropped."""
+    total, others = 1000 * SIZE, 850 * SIZE
+
+    def machine():
+        return SimpleNamespace(total=total, available=total - others - h.ledgers[1].stored()[0])
+
+    monkeypatch.setattr(psutil, "virtual_memory", machine)
+    h = House(tmp_path, memory=900 * SIZE, scratch=30 * SIZE)
+    h.tier._room = room = MemoryRoom(os.open(tmp_path, os.O_RDONLY), lambda: h.ledgers[1].stored()[0])
+
+    async def main():
+        nonlocal others
+        for n in range(50):
+            await h.put(n, h.tier)
+        assert not await h.tier.try_reserve(SIZE), "a tenth of the memory is left"
+        others += 40 * SIZE
+        await trio.sleep(0.2)  # the room is looked at ten times a second
+        assert room() == -40 * SIZE
+        await h.tier._shrink(-room())
+        assert machine().available >= 0.1 * total
+        assert (h.tier.moved_down, h.tier.dropped) == (30, 10), "scratch had room for 30"
 
     trio.run(main)
 
